@@ -1,0 +1,31 @@
+"""The engines, one file each; every name loads on first use."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__all__ = ["EM", "VB", "Gibbs"]
+
+if TYPE_CHECKING:
+    from bayesgen.inference.em import EM
+    from bayesgen.inference.gibbs import Gibbs
+    from bayesgen.inference.vb import VB
+
+_HOMES = {
+    "EM": "bayesgen.inference.em",
+    "Gibbs": "bayesgen.inference.gibbs",
+    "VB": "bayesgen.inference.vb",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import an engine on first use (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'bayesgen.inference' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
