@@ -31,7 +31,7 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the two wings are named but never imported here: the core does not see them
     from bayesgen import (
         calibration,
         capabilities,
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
         datasets,
         diagnostics,
         distributions,
-        inference,
-        models,
         outliers,
         plots,
         priors,
