@@ -1,0 +1,35 @@
+"""Distributions that Pyro lacks: priors of covariance matrices by their Cholesky factors, and friends.
+
+Importing this package registers their bijections with PyTorch, so that they work as priors under NUTS,
+SVI and every autoguide.
+"""
+
+from __future__ import annotations
+
+from bayesgen.distributions.constraints import (
+    CholeskyFactorTransform,
+    LocCholeskyTransform,
+    LocVarianceTransform,
+    PositiveDefiniteTransform,
+    cholesky_factor,
+    loc_cholesky,
+    loc_variance,
+)
+from bayesgen.distributions.inverse_wishart import InverseWishart, InverseWishartCholesky
+from bayesgen.distributions.normal_inverse_gamma import NormalInverseGamma
+from bayesgen.distributions.normal_inverse_wishart import NaturalExpectations, NormalInverseWishart
+
+__all__ = [
+    "CholeskyFactorTransform",
+    "InverseWishart",
+    "InverseWishartCholesky",
+    "LocCholeskyTransform",
+    "LocVarianceTransform",
+    "NaturalExpectations",
+    "NormalInverseGamma",
+    "NormalInverseWishart",
+    "PositiveDefiniteTransform",
+    "cholesky_factor",
+    "loc_cholesky",
+    "loc_variance",
+]
