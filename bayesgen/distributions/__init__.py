@@ -1,7 +1,7 @@
-"""Distributions that Pyro lacks: priors of covariance matrices by their Cholesky factors, and friends.
+"""Distributions that Pyro lacks: covariance priors by Cholesky factors, missing entries, mixtures.
 
-Importing this package registers their bijections with PyTorch, so that they work as priors under NUTS,
-SVI and every autoguide.
+Importing this package registers their bijections with PyTorch, so that they work as priors under
+NUTS, SVI and every autoguide.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def sample_gamma(shape: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def check_cholesky(owner: str, name: str, factor: Tensor) -> None:
-    """Raise ``ValueError`` unless ``factor`` is lower triangular with a positive finite diagonal."""
+    """Raise ``ValueError`` unless ``factor`` is a Cholesky factor, saying what is wrong."""
     if not bool(torch.isfinite(factor).all()):
         raise ValueError(f"{owner}: {name} holds NaN or infinite entries; it must be finite.")
     if bool((factor.triu(1) != 0).any()):

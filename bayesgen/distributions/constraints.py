@@ -1,10 +1,10 @@
 r"""Constraints of the events in this package, and their bijections from flat real vectors.
 
 Importing this module registers ``biject_to`` and ``transform_to`` for them, and ``biject_to`` for
-PyTorch's own ``constraints.lower_cholesky`` and ``constraints.positive_definite``, for which neither
-PyTorch nor Pyro registers one. PyTorch's ``LowerCholeskyTransform`` maps from a full matrix: the entries
-above the diagonal are free, have no density, and wander off under NUTS. Ours maps from exactly the
-:math:`d(d+1)/2` free numbers.
+PyTorch's own ``constraints.lower_cholesky`` and ``constraints.positive_definite``, for which
+neither PyTorch nor Pyro registers one. PyTorch's ``LowerCholeskyTransform`` starts from a matrix:
+the entries above the diagonal are free, have no density, and wander off under NUTS. Ours maps from
+exactly the :math:`d(d+1)/2` free numbers.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def _log_diagonal(matrix: Tensor) -> Tensor:
 
 
 class CholeskyFactorTransform(Transform):
-    r"""From :math:`\mathbb{R}^{d(d+1)/2}` to lower Cholesky factors: the diagonal is exponentiated.
+    r"""From :math:`\mathbb{R}^{d(d+1)/2}` to Cholesky factors, the diagonal by ``exp``.
 
     The flat vector holds the lower triangle row by row.
 
@@ -149,9 +149,10 @@ class CholeskyFactorTransform(Transform):
 
 
 class PositiveDefiniteTransform(Transform):
-    r"""From :math:`\mathbb{R}^{d(d+1)/2}` to positive definite matrices, :math:`x \mapsto L(x) L(x)^\top`.
+    r"""From :math:`\mathbb{R}^{d(d+1)/2}` to positive definite matrices.
 
-    The Jacobian is taken on the :math:`d(d+1)/2` distinct entries of the symmetric matrix.
+    :math:`x \mapsto L(x) L(x)^\top` with :math:`L` from :class:`CholeskyFactorTransform`. The
+    Jacobian is taken on the :math:`d(d+1)/2` distinct entries of the symmetric matrix.
 
     Example:
         >>> PositiveDefiniteTransform()(torch.tensor([0.0, 1.0, 0.0]))
@@ -176,8 +177,8 @@ class PositiveDefiniteTransform(Transform):
         return _flatten(_log_diagonal(torch.linalg.cholesky(y)))
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        # Read from x, not from a Cholesky of y: exact, and free. The diagonal of L is exp(x_ii), which
-        # adds one power of L_ii to the d - i + 1 of the map L -> L L^T.
+        # Read from x, not from a Cholesky of y: exact, and free. The diagonal of L is exp(x_ii),
+        # which adds one power of L_ii to the d - i + 1 of the map L -> L L^T.
         dim = y.shape[-1]
         order = torch.arange(dim + 1, 1, -1, dtype=x.dtype, device=x.device)
         return (order * _fill(x).diagonal(dim1=-2, dim2=-1)).sum(-1) + dim * math.log(2.0)

@@ -46,19 +46,19 @@ def check_degrees(owner: str, df: Tensor, dim: int) -> None:
 
 
 class InverseWishartCholesky(TorchDistribution):
-    r"""Distribution of the Cholesky factor :math:`L` of :math:`\Sigma = LL^\top \sim IW(\nu, \Psi)`.
+    r"""Distribution of the Cholesky factor of an inverse-Wishart covariance matrix.
 
-    With :math:`\Psi = AA^\top`, ``A = scale_tril``, the density of :math:`\Sigma` on its
-    :math:`d(d+1)/2` distinct entries is
+    :math:`\Sigma = LL^\top \sim IW(\nu, \Psi)`, and the event is :math:`L`. With ``A = scale_tril``,
+    :math:`\Psi = AA^\top`, the density of :math:`\Sigma` on its :math:`d(d+1)/2` distinct entries is
 
     .. math::
         p(\Sigma) = \frac{|\Psi|^{\nu/2}}{2^{\nu d/2} \Gamma_d(\nu/2)} |\Sigma|^{-(\nu+d+1)/2}
         \exp\bigl(-\tfrac12 \mathrm{tr}(\Psi\Sigma^{-1})\bigr),
 
     and ``log_prob`` is the density of the :math:`d(d+1)/2` entries of :math:`L`, that is
-    :math:`p(LL^\top) \, 2^d \prod_i L_{ii}^{d-i+1}`. Draws are :math:`L = AT^{-1}` with :math:`T` lower
-    triangular, :math:`T_{ii}^2 \sim \chi^2_{\nu-d+i}` and :math:`T_{ij} \sim N(0, 1)` (Bartlett), so
-    ``rsample`` is differentiable in both arguments and never factorises a matrix.
+    :math:`p(LL^\top) \, 2^d \prod_i L_{ii}^{d-i+1}`. Draws are :math:`L = AT^{-1}` with :math:`T`
+    lower triangular, :math:`T_{ii}^2 \sim \chi^2_{\nu-d+i}` and :math:`T_{ij} \sim N(0, 1)`
+    (Bartlett), so ``rsample`` is differentiable in both arguments and never factorises a matrix.
 
     References:
         Bartlett (1933). On the theory of statistical regression.
@@ -119,7 +119,12 @@ class InverseWishartCholesky(TorchDistribution):
         return self.df.unsqueeze(-1) + order
 
     def log_normalizer(self) -> Tensor:
-        r"""Log of :math:`\int |\Sigma|^{-(\nu+d+1)/2} e^{-\mathrm{tr}(\Psi\Sigma^{-1})/2} d\Sigma`."""
+        r"""Log integral of the unnormalised density over :math:`\Sigma`, in nats.
+
+        .. math::
+            \log\int |\Sigma|^{-(\nu+d+1)/2}
+            \exp\bigl(-\tfrac12\mathrm{tr}(\Psi\Sigma^{-1})\bigr) d\Sigma.
+        """
         dim = self.event_shape[-1]
         return (
             0.5 * dim * math.log(2.0) * self.df
@@ -233,7 +238,7 @@ class InverseWishartCholesky(TorchDistribution):
 
 
 class InverseWishart(TorchDistribution):
-    r"""Inverse-Wishart distribution of a covariance matrix :math:`\Sigma`, by the factor of its scale.
+    r"""Inverse-Wishart distribution of a covariance matrix, by the factor of its scale.
 
     The density is over the :math:`d(d+1)/2` distinct entries, as in ``scipy.stats.invwishart``:
 
@@ -244,7 +249,7 @@ class InverseWishart(TorchDistribution):
     Prefer :class:`InverseWishartCholesky` inside models: it never factorises :math:`\Sigma`.
 
     References:
-        Gelman, Carlin, Stern, Dunson, Vehtari and Rubin (2013). Bayesian Data Analysis, section 3.6.
+        Gelman, Carlin, Stern, Dunson, Vehtari and Rubin (2013). Bayesian Data Analysis, ch. 3.6.
 
     Args:
         df: Degrees of freedom :math:`\nu > d - 1`, ``(...)``.
@@ -274,23 +279,15 @@ class InverseWishart(TorchDistribution):
             check_cholesky(owner, "scale_tril", scale_tril)
             check_degrees(owner, df, dim)
         self.factor = InverseWishartCholesky(df, scale_tril, validate_args=False)
+        self.df, self.scale_tril = self.factor.df, self.factor.scale_tril
         super().__init__(
             self.factor.batch_shape, self.factor.event_shape, validate_args=validate_args
         )
 
-    @property
-    def df(self) -> Tensor:
-        """Degrees of freedom, ``(...)``."""
-        return self.factor.df
-
-    @property
-    def scale_tril(self) -> Tensor:
-        r"""Lower Cholesky factor of :math:`\Psi`, ``(..., d, d)``."""
-        return self.factor.scale_tril
-
     def expand(self, batch_shape: Size, _instance: Self | None = None) -> Self:
         new = self._get_checked_instance(InverseWishart, _instance)
         new.factor = self.factor.expand(batch_shape)
+        new.df, new.scale_tril = new.factor.df, new.factor.scale_tril
         super(InverseWishart, new).__init__(
             Size(batch_shape), self.event_shape, validate_args=False
         )
@@ -308,7 +305,7 @@ class InverseWishart(TorchDistribution):
         *,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Draw matrices ``(*sample_shape, *batch, d, d)``, from ``generator`` when one is given."""
+        """Draw matrices ``(*sample_shape, *batch, d, d)``, from ``generator`` if one is given."""
         factor = self.factor.rsample(sample_shape, generator=generator)
         return factor @ factor.mT
 

@@ -24,16 +24,16 @@ class NormalInverseGamma(TorchDistribution):
     .. math::
         v \sim \mathrm{InverseGamma}(a, b), \qquad \mu \mid v \sim N(m, v/\kappa).
 
-    One event is ``(mu, v)`` in a last dimension of 2; see :meth:`pack` and :meth:`unpack`. It is the
-    normal-inverse-Wishart with :math:`d = 1`, :math:`\nu = 2a`, :math:`\Psi = 2b`, with the variance in
-    the place of its root.
+    One event is ``(mu, v)`` in a last dimension of 2; see :meth:`pack` and :meth:`unpack`. It is
+    the normal-inverse-Wishart with :math:`d = 1`, :math:`\nu = 2a`, :math:`\Psi = 2b`, with the
+    variance in the place of its root.
 
     References:
         Murphy (2007). Conjugate Bayesian analysis of the Gaussian distribution.
 
     Args:
         loc: Prior mean :math:`m`, ``(...)``.
-        mean_precision: :math:`\kappa > 0`, the number of observations that the mean is worth, ``(...)``.
+        mean_precision: :math:`\kappa > 0`, how many observations the mean is worth, ``(...)``.
         concentration: :math:`a > 0`, ``(...)``.
         rate: :math:`b > 0`, in squared units of the data, ``(...)``.
         validate_args: Whether to check arguments and values; PyTorch's default when None.
@@ -156,7 +156,7 @@ class NormalInverseGamma(TorchDistribution):
 
     @property
     def mean(self) -> Tensor:
-        """Packed mean; the variance's, ``rate / (concentration - 1)``, is NaN unless it exists."""
+        """Packed mean; the variance's, ``rate / (concentration - 1)``, is NaN if infinite."""
         free = self.concentration - 1.0
         return self.pack(self.loc, torch.where(free > 0, self.rate / free, math.nan))
 
@@ -170,7 +170,7 @@ class NormalInverseGamma(TorchDistribution):
 
     @property
     def mode(self) -> Tensor:
-        """Packed mode of the density over ``(mu, v)``: ``loc`` and ``rate / (concentration + 3/2)``."""
+        """Packed mode of the density: ``loc`` and ``rate / (concentration + 3/2)``."""
         return self.pack(self.loc, self.rate / (self.concentration + 1.5))
 
     def variance_marginal(self) -> InverseGamma:
@@ -178,7 +178,7 @@ class NormalInverseGamma(TorchDistribution):
         return InverseGamma(self.concentration, self.rate, validate_args=self._validate_args)
 
     def loc_marginal(self) -> StudentT:
-        """The marginal distribution of the mean: a Student-t with twice the concentration as its degrees of freedom."""
+        """The marginal distribution of the mean: a Student-t, ``df`` twice the concentration."""
         return self._student(1.0 / self.mean_precision)
 
     def loc_given(self, variance: Tensor) -> Normal:
@@ -192,7 +192,7 @@ class NormalInverseGamma(TorchDistribution):
         Args:
             count: How many, or the sum of their weights, at least 0, ``(...)``.
             mean: Their mean, ``(...)``; not read where ``count`` is 0.
-            scatter: :math:`\sum_i w_i (x_i-\bar x)^2`, centred so that no digits are lost, ``(...)``.
+            scatter: :math:`\sum_i w_i (x_i-\bar x)^2`, centred: no digits are lost, ``(...)``.
 
         Returns:
             A distribution of the same class.
@@ -212,8 +212,8 @@ class NormalInverseGamma(TorchDistribution):
     def expected_natural(self) -> NaturalExpectations:
         r"""Expected natural parameters of the Gaussian likelihood, each ``(...)``.
 
-        :math:`E[1/v]`, :math:`E[\mu/v]`, :math:`E[\mu^2/v]` and :math:`E[\log 1/v]`, in the fields of the
-        same meaning as those of the normal-inverse-Wishart.
+        :math:`E[1/v]`, :math:`E[\mu/v]`, :math:`E[\mu^2/v]` and :math:`E[\log 1/v]`, in the
+        fields of the same meaning as those of the normal-inverse-Wishart.
         """
         precision = self.concentration / self.rate
         quadratic = 1.0 / self.mean_precision + precision * self.loc.square()
@@ -222,7 +222,7 @@ class NormalInverseGamma(TorchDistribution):
         )
 
     def predictive(self) -> StudentT:
-        """The distribution of one new number with mean and variance integrated out: a Student-t."""
+        """One new number with mean and variance integrated out: a Student-t."""
         return self._student((self.mean_precision + 1.0) / self.mean_precision)
 
     def _student(self, spread: Tensor) -> StudentT:

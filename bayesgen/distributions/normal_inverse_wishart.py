@@ -47,16 +47,17 @@ class NormalInverseWishart(TorchDistribution):
     .. math::
         \Sigma \sim IW(\nu, \Psi), \qquad \mu \mid \Sigma \sim N(m, \Sigma/\kappa).
 
-    One event is the ``(d, d + 1)`` tensor ``[mu | L]`` with :math:`\Sigma = LL^\top`; see :meth:`pack` and
-    :meth:`unpack`. ``log_prob`` is a density of the :math:`d + d(d+1)/2` free entries.
+    One event is the ``(d, d + 1)`` tensor ``[mu | L]`` with :math:`\Sigma = LL^\top`; see
+    :meth:`pack` and :meth:`unpack`. ``log_prob`` is a density of the :math:`d + d(d+1)/2` free
+    entries.
 
     References:
-        Gelman, Carlin, Stern, Dunson, Vehtari and Rubin (2013). Bayesian Data Analysis, section 3.6.
+        Gelman, Carlin, Stern, Dunson, Vehtari and Rubin (2013). Bayesian Data Analysis, ch. 3.6.
         Murphy (2007). Conjugate Bayesian analysis of the Gaussian distribution.
 
     Args:
         loc: Prior mean :math:`m`, ``(..., d)``.
-        mean_precision: :math:`\kappa > 0`, the number of observations that the mean is worth, ``(...)``.
+        mean_precision: :math:`\kappa > 0`, how many observations the mean is worth, ``(...)``.
         df: Degrees of freedom :math:`\nu > d - 1`, ``(...)``.
         scale_tril: Lower Cholesky factor of :math:`\Psi`, ``(..., d, d)``; sets dtype and device.
         validate_args: Whether to check arguments and values; PyTorch's default when None.
@@ -103,26 +104,17 @@ class NormalInverseWishart(TorchDistribution):
             check_degrees(owner, df, dim)
             if not bool((torch.isfinite(mean_precision) & (mean_precision > 0)).all()):
                 raise ValueError(
-                    f"{owner}: mean_precision must be positive and finite, but the smallest given is "
-                    f"{mean_precision.min().item():g}."
+                    f"{owner}: mean_precision must be positive and finite, but the smallest given "
+                    f"is {mean_precision.min().item():g}."
                 )
         batch = torch.broadcast_shapes(
             loc.shape[:-1], mean_precision.shape, df.shape, scale_tril.shape[:-2]
         )
         self._scale = InverseWishartCholesky(df, scale_tril, validate_args=False).expand(batch)
+        self.df, self.scale_tril = self._scale.df, self._scale.scale_tril
         self.loc = loc.expand((*batch, dim))
         self.mean_precision = mean_precision.expand(batch)
         super().__init__(batch, Size((dim, dim + 1)), validate_args=validate_args)
-
-    @property
-    def df(self) -> Tensor:
-        """Degrees of freedom, ``(...)``."""
-        return self._scale.df
-
-    @property
-    def scale_tril(self) -> Tensor:
-        r"""Lower Cholesky factor of :math:`\Psi`, ``(..., d, d)``."""
-        return self._scale.scale_tril
 
     @staticmethod
     def pack(loc: Tensor, scale_tril: Tensor) -> Tensor:
@@ -133,13 +125,14 @@ class NormalInverseWishart(TorchDistribution):
 
     @staticmethod
     def unpack(value: Tensor) -> tuple[Tensor, Tensor]:
-        """Split an event ``(..., d, d + 1)`` into the mean ``(..., d)`` and the factor ``(..., d, d)``."""
+        """Split an event into the mean ``(..., d)`` and the factor ``(..., d, d)``."""
         return value[..., 0], value[..., 1:]
 
     def expand(self, batch_shape: Size, _instance: Self | None = None) -> Self:
         new = self._get_checked_instance(NormalInverseWishart, _instance)
         batch = Size(batch_shape)
         new._scale = self._scale.expand(batch)
+        new.df, new.scale_tril = new._scale.df, new._scale.scale_tril
         new.loc = self.loc.expand((*batch, self.loc.shape[-1]))
         new.mean_precision = self.mean_precision.expand(batch)
         super(NormalInverseWishart, new).__init__(batch, self.event_shape, validate_args=False)
@@ -157,9 +150,8 @@ class NormalInverseWishart(TorchDistribution):
         noise = torch.randn(
             factor.shape[:-1], dtype=factor.dtype, device=factor.device, generator=generator
         )
-        step = (factor @ noise.unsqueeze(-1)).squeeze(-1) * self.mean_precision.rsqrt().unsqueeze(
-            -1
-        )
+        shrink = self.mean_precision.rsqrt().unsqueeze(-1)
+        step = (factor @ noise.unsqueeze(-1)).squeeze(-1) * shrink
         return torch.cat([(self.loc + step).unsqueeze(-1), factor], -1)
 
     def sample(
@@ -215,7 +207,7 @@ class NormalInverseWishart(TorchDistribution):
 
     @property
     def mode(self) -> Tensor:
-        r"""Packed mode of the density over :math:`(\mu, \Sigma)`: :math:`m` and :math:`\Psi/(\nu+d+2)`.
+        r"""Packed mode over :math:`(\mu, \Sigma)`: :math:`m` and :math:`\Psi/(\nu+d+2)`.
 
         The density over :math:`(\mu, L)` has another maximum: :attr:`factor_mode`.
         """
@@ -224,7 +216,7 @@ class NormalInverseWishart(TorchDistribution):
 
     @property
     def factor_mode(self) -> Tensor:
-        r"""Where ``log_prob`` is largest: :math:`m` and :math:`A\,\mathrm{diag}((\nu+i+1)^{-1/2})`."""
+        r"""Where ``log_prob`` is largest, :math:`A\,\mathrm{diag}((\nu+i+1)^{-1/2})`."""
         shrink = (self._scale._powers() + 1.0).rsqrt().unsqueeze(-2)
         return self.pack(self.loc, self.scale_tril * shrink)
 
@@ -233,7 +225,7 @@ class NormalInverseWishart(TorchDistribution):
         return self._scale
 
     def loc_marginal(self) -> MultivariateStudentT:
-        """The marginal distribution of the mean: a Student-t with ``df - d + 1`` degrees of freedom."""
+        """The marginal distribution of the mean: a Student-t, degrees ``df - d + 1``."""
         return self._student(1.0 / self.mean_precision)
 
     def loc_given(self, scale_tril: Tensor) -> MultivariateNormal:
@@ -249,8 +241,8 @@ class NormalInverseWishart(TorchDistribution):
         Args:
             count: Number of rows or sum of their weights, at least 0, ``(...)``.
             mean: Their mean :math:`\bar x`, ``(..., d)``; not read where ``count`` is 0.
-            scatter: :math:`\sum_i w_i (x_i-\bar x)(x_i-\bar x)^\top`, ``(..., d, d)``. Centred, because
-                sums of raw squares lose all their digits when the data lie far from 0.
+            scatter: :math:`\sum_i w_i (x_i-\bar x)(x_i-\bar x)^\top`, ``(..., d, d)``. Centred,
+                because raw sums of squares lose all their digits when the data lie far from 0.
 
         Returns:
             A distribution of the same class.
