@@ -1,0 +1,398 @@
+"""Rows from memory and from disk, in blocks: a pass over a file never holds more than a few blocks."""
+
+from __future__ import annotations
+
+import csv
+import io
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bayesgen.schema import RawTable, Schema, encode, is_number, select
+from bayesgen.tables import from_arrow, raw_table
+
+if TYPE_CHECKING:
+    import pyarrow.parquet as pq
+
+__all__ = ["FileRows", "MemoryRows", "MemorySource", "Rows", "SelectedSource", "Source", "SubsetRows", "open_source"]
+
+BLOCK_BYTES = 8 * 2**20
+
+
+def rows_per_block(num_columns: int) -> int:
+    """Rows of float64 in one block."""
+    return max(1, BLOCK_BYTES // (8 * num_columns))
+
+
+# ------------------------------------------------------------------ where rows come from
+class Source(ABC):
+    """A file of raw rows, made of chunks that can be read in any order."""
+
+    @property
+    @abstractmethod
+    def names(self) -> tuple[str, ...] | None:
+        """Names of the columns, None if the file has none."""
+
+    @property
+    @abstractmethod
+    def num_columns(self) -> int:
+        """Number of columns."""
+
+    @property
+    @abstractmethod
+    def num_chunks(self) -> int:
+        """Number of chunks."""
+
+    @abstractmethod
+    def chunk(self, index: int) -> Iterator[RawTable]:
+        """The rows of one chunk, in blocks."""
+
+    def stamp(self) -> tuple[int, int] | None:
+        """Size and time of the last change of the file, None for memory."""
+        return None
+
+
+def file_stamp(path: Path) -> tuple[int, int]:
+    """What changes when a file is written to."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+class MemorySource(Source):
+    """A table that is in memory already."""
+
+    def __init__(self, raw: RawTable) -> None:
+        self._raw = raw
+
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        return self._raw.names
+
+    @property
+    def num_columns(self) -> int:
+        return self._raw.values.shape[1]
+
+    @property
+    def num_chunks(self) -> int:
+        return 1
+
+    def chunk(self, index: int) -> Iterator[RawTable]:
+        yield self._raw
+
+
+class SelectedSource(Source):
+    """Another source with some of its columns, or with names for columns that had none."""
+
+    def __init__(self, source: Source, columns: Sequence[str]) -> None:
+        self._source, self._columns = source, tuple(columns)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self._columns
+
+    @property
+    def num_columns(self) -> int:
+        return len(self._columns)
+
+    @property
+    def num_chunks(self) -> int:
+        return self._source.num_chunks
+
+    def stamp(self) -> tuple[int, int] | None:
+        return self._source.stamp()
+
+    def chunk(self, index: int) -> Iterator[RawTable]:
+        for raw in self._source.chunk(index):
+            yield select(raw, self._columns)
+
+
+class ArraySource(Source):
+    """A numpy array on disk, mapped into memory: one chunk is one block of rows."""
+
+    def __init__(self, array: NDArray[Any], path: Path | None = None) -> None:
+        self._path = path
+        self._array = array
+        self._num_columns = raw_table(np.array(array[:1])).values.shape[1]
+        self._step = rows_per_block(max(1, self._num_columns))
+
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        return None
+
+    @property
+    def num_columns(self) -> int:
+        return self._num_columns
+
+    @property
+    def num_chunks(self) -> int:
+        return -(-len(self._array) // self._step)
+
+    def stamp(self) -> tuple[int, int] | None:
+        return None if self._path is None else file_stamp(self._path)
+
+    def chunk(self, index: int) -> Iterator[RawTable]:
+        yield raw_table(np.array(self._array[index * self._step : (index + 1) * self._step]))
+
+
+class ParquetSource(Source):
+    """A Parquet file: one chunk is one row group, read in blocks."""
+
+    def __init__(self, path: Path, columns: Collection[str] | None) -> None:
+        self._path = path
+        with self._open() as file:
+            names = tuple(file.schema_arrow.names)
+            self._num_chunks = file.num_row_groups
+        self._names = names if columns is None else tuple(n for n in names if n in columns)
+        self._step = rows_per_block(max(1, len(self._names)))
+
+    def _open(self) -> pq.ParquetFile:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            return pq.ParquetFile(self._path)
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{self._path} cannot be read as Parquet: {error}") from error
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self._names
+
+    @property
+    def num_columns(self) -> int:
+        return len(self._names)
+
+    @property
+    def num_chunks(self) -> int:
+        return self._num_chunks
+
+    def stamp(self) -> tuple[int, int] | None:
+        return file_stamp(self._path)
+
+    def chunk(self, index: int) -> Iterator[RawTable]:
+        with self._open() as file:
+            for batch in file.iter_batches(
+                self._step, row_groups=[index], columns=list(self._names), use_threads=False
+            ):
+                yield from_arrow(batch)
+
+
+class CsvSource(Source):
+    """A CSV file with a header: one chunk is a range of bytes between two line ends."""
+
+    def __init__(
+        self, path: Path, delimiter: str, columns: Collection[str] | None, text: Collection[str]
+    ) -> None:
+        self._path, self._delimiter = path, delimiter
+        self._edges = _record_edges(path)
+        header = self._header()
+        self._all = header
+        self._names = header if columns is None else tuple(n for n in header if n in columns)
+        self._text = [name for name in text if name in header]
+
+    def _header(self) -> tuple[str, ...]:
+        with self._path.open("rb") as file:
+            first = file.read(self._edges[0])
+        try:
+            lines = io.StringIO(first.decode("utf-8-sig"), newline="")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self._path} is not UTF-8 text: {error}") from error
+        names = tuple(n.strip() for n in next(csv.reader(lines, delimiter=self._delimiter), ()))
+        if not names:
+            raise ValueError(f"{self._path} is empty; a header line with names is needed.")
+        if all(is_number(name) for name in names):
+            raise ValueError(
+                f"the first line of {self._path} holds numbers, but a header line with the names "
+                f"of the columns is needed; add one, or pass numpy.loadtxt(path, delimiter=...)."
+            )
+        if "" in names:
+            raise ValueError(
+                f"column {names.index('')} of {self._path} has no name in the header (an index "
+                f"written by pandas? use frame.to_csv(path, index=False)); name it."
+            )
+        return names
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self._names
+
+    @property
+    def num_columns(self) -> int:
+        return len(self._names)
+
+    @property
+    def num_chunks(self) -> int:
+        return len(self._edges) - 1
+
+    def stamp(self) -> tuple[int, int] | None:
+        return file_stamp(self._path)
+
+    def chunk(self, index: int) -> Iterator[RawTable]:
+        import pyarrow as pa
+        import pyarrow.csv as pacsv
+
+        start, stop = self._edges[index], self._edges[index + 1]
+        with self._path.open("rb") as file:
+            file.seek(start)
+            content = file.read(stop - start)
+        if not content.strip():
+            return
+        try:
+            table = pacsv.read_csv(
+                io.BytesIO(content),
+                read_options=pacsv.ReadOptions(
+                    column_names=list(self._all), use_threads=False, block_size=len(content) + 1
+                ),
+                parse_options=pacsv.ParseOptions(
+                    delimiter=self._delimiter, newlines_in_values=True
+                ),
+                convert_options=pacsv.ConvertOptions(
+                    include_columns=list(self._names),
+                    strings_can_be_null=True,
+                    column_types=dict.fromkeys(self._text, pa.string()),
+                ),
+            )
+        except pa.ArrowInvalid as error:
+            where = f", in the rows after byte {start}" if index else ""
+            raise ValueError(f"{self._path} cannot be read{where}: {error}") from error
+        yield from_arrow(table)
+
+
+def _record_edges(path: Path) -> list[int]:
+    """Offsets at which records start, about a block apart, after the header; the last is the end.
+
+    A line end counts where an even number of quotes precede it, so that quoted fields may hold some.
+    """
+    size = path.stat().st_size
+    edges: list[int] = []
+    with path.open("rb") as file:
+        position, odd = 0, False
+        while block := file.read(BLOCK_BYTES):
+            codes = np.frombuffer(block, np.uint8)
+            ends = np.flatnonzero(codes == ord("\n"))
+            quotes = np.flatnonzero(codes == ord('"'))
+            before = np.searchsorted(quotes, ends)
+            ends = ends[(before + odd) % 2 == 0]
+            if len(ends):
+                if not edges:
+                    edges.append(position + int(ends[0]) + 1)
+                if (last := position + int(ends[-1]) + 1) > edges[-1]:
+                    edges.append(last)
+            odd ^= bool(len(quotes) % 2)
+            position += len(block)
+    if not edges:
+        edges.append(size)
+    if edges[-1] < size:
+        edges.append(size)
+    return edges
+
+
+def open_source(path: Path, columns: Collection[str] | None, text: Collection[str]) -> Source:
+    """Open a file by its suffix; ``text`` names columns that are levels even if they look like numbers."""
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file {str(path)!r}.")
+    suffix = path.suffix.lower()
+    if path.is_dir() or suffix not in (".csv", ".tsv", ".parquet", ".npy"):
+        fix = " Load it by numpy.load(path)['name'] and pass the array." if suffix == ".npz" else ""
+        raise ValueError(
+            f"{str(path)!r} is {'a folder' if path.is_dir() else 'of an unknown type'}; allowed are "
+            f"files .csv, .tsv, .parquet and .npy.{fix}"
+        )
+    if suffix == ".npy":
+        try:
+            return ArraySource(np.load(path, mmap_mode="r", allow_pickle=False), path)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{path} cannot be read as an array of numbers: {error}") from error
+    if suffix == ".parquet":
+        return ParquetSource(path, columns)
+    return CsvSource(path, "\t" if suffix == ".tsv" else ",", columns, text)
+
+
+# ------------------------------------------------------------------ checked rows
+class Rows(ABC):
+    """Checked, encoded rows that can be passed over again and again."""
+
+    num_rows: int
+
+    @abstractmethod
+    def pieces(self, generator: torch.Generator | None = None) -> Iterator[tuple[int, Tensor]]:
+        """All rows as ``(number of the first row, (b, d) rows)``; with ``generator`` out of order."""
+
+    def blocks(self, generator: torch.Generator | None = None) -> Iterator[Tensor]:
+        """All rows in blocks ``(b, d)``; ``generator`` shuffles the chunks, and rows within blocks."""
+        for _, piece in self.pieces(generator):
+            yield piece if generator is None else piece[permutation(len(piece), generator)]
+
+
+class MemoryRows(Rows):
+    """Rows held as one tensor; shuffled as a whole."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+        self.num_rows = len(values)
+
+    def pieces(self, generator: torch.Generator | None = None) -> Iterator[tuple[int, Tensor]]:
+        del generator
+        step = rows_per_block(self.values.shape[1])
+        for start in range(0, self.num_rows, step):
+            yield start, self.values[start : start + step]
+
+    def blocks(self, generator: torch.Generator | None = None) -> Iterator[Tensor]:
+        if generator is None:
+            yield from super().blocks()
+            return
+        order = permutation(self.num_rows, generator).to(self.values.device)
+        for index in order.split(rows_per_block(self.values.shape[1])):
+            yield self.values[index]
+
+
+class FileRows(Rows):
+    """Rows read from a source in each pass, at flat memory.
+
+    Args:
+        source: Where the raw rows come from.
+        schema: What they must agree with.
+        chunk_rows: The number of rows of each chunk, as counted when the file was scanned.
+    """
+
+    def __init__(self, source: Source, schema: Schema, chunk_rows: list[int]) -> None:
+        self._source, self._schema = source, schema
+        self._starts = np.concatenate(([0], np.cumsum(chunk_rows))).tolist()
+        self._stamp = source.stamp()
+        self.num_rows = self._starts[-1]
+
+    def pieces(self, generator: torch.Generator | None = None) -> Iterator[tuple[int, Tensor]]:
+        if self._source.stamp() != self._stamp:
+            raise ValueError("the file has changed since it was first read; call as_dataset again.")
+        num = self._source.num_chunks
+        order = range(num) if generator is None else permutation(num, generator).tolist()
+        for index in order:
+            start = self._starts[index]
+            for raw in self._source.chunk(index):
+                yield start, encode(raw, self._schema, start)
+                start += len(raw.values)
+
+
+class SubsetRows(Rows):
+    """Some rows of others, in their order: a mask of one byte a row."""
+
+    def __init__(self, rows: Rows, mask: Tensor) -> None:
+        self.parent, self.mask = rows, mask
+        self.num_rows = int(mask.sum())
+
+    def pieces(self, generator: torch.Generator | None = None) -> Iterator[tuple[int, Tensor]]:
+        for start, piece in self.parent.pieces(generator):
+            kept = piece[self.mask[start : start + len(piece)]]
+            if len(kept):
+                yield int(self.mask[:start].sum()), kept
+
+
+def permutation(n: int, generator: torch.Generator) -> Tensor:
+    """A random order of ``n`` things, on the CPU."""
+    return torch.randperm(n, generator=generator, device=generator.device).cpu()
