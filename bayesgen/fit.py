@@ -1,0 +1,336 @@
+"""What a run of any engine returns: the model, its draws, and everything one does with them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bayesgen import rng, verbs
+from bayesgen.capabilities import (
+    Conditional,
+    Conjugate,
+    Encoder,
+    Generative,
+    Model,
+    Scored,
+    Symmetric,
+    require,
+)
+from bayesgen.data import Dataset, as_dataset
+from bayesgen.schema import Schema
+from bayesgen.symmetry import Alignment, LabelPermutation, align
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+    from bayesgen.summary import Summary
+
+__all__ = ["Fit", "load"]
+
+_MAX_ANCHORS = 200
+_ANCHOR_BUDGET = 2**25  # responsibilities held while aligning
+_BATCH_SIZE = 65_536
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Fit:
+    r"""A model with its posterior, however it was found.
+
+    Every verb takes what :func:`bayesgen.data.as_dataset` takes - arrays, tensors, data frames,
+    paths - checks it against the columns of the training data, and works in chunks of bounded
+    memory. ``NaN`` entries are integrated out. All are plain torch and may be called from several
+    threads.
+
+    Args:
+        model: The bound model.
+        draws: Posterior draws ``(chain, draw, *event)`` by site; a point estimate is one draw.
+        posterior: Variational posterior by block, of conjugate fits; its predictive is then exact.
+        sample_stats: ``(chain, draw)`` by name: ``lp``, ``num_occupied``, ...
+        history: What the engine recorded at each step.
+        attrs: JSON values: engine, settings, seed, versions, columns, ``converged``, ``messages``.
+        data: The training data, or None when they are not at hand.
+        refit: Fits the same model by the same engine to other data with another seed.
+        calibration: Conformal calibration of the outlier scores.
+
+    Raises:
+        ValueError: No draws, or draws whose leading ``(chain, draw)`` disagree.
+
+    Example:
+        >>> from bayesgen.toys import UnitMixture
+        >>> data = as_dataset([[0.0], [1.0], [2.0]])
+        >>> draws = {"weights": torch.ones(1, 50, 1), "loc": torch.ones(1, 50, 1, 1)}
+        >>> fit = Fit(UnitMixture(1).bind(data), draws, data=data, attrs={"engine": "nobody"})
+        >>> fit
+        Fit(UnitMixture by nobody: 1 chain x 50 draws, 3 rows x 1 column)
+        >>> fit.log_prob([[1.0]])
+        tensor([-0.9189])
+    """
+
+    model: Model
+    draws: Mapping[str, Tensor]
+    _: dataclasses.KW_ONLY
+    posterior: Mapping[str, Mapping[str, Tensor]] | None = None
+    sample_stats: Mapping[str, Tensor] = field(default_factory=dict)
+    history: Mapping[str, list[float]] = field(default_factory=dict)
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+    data: Dataset | None = None
+    refit: Callable[[Dataset, int], Fit] | None = None
+    calibration: Any = None
+
+    def __post_init__(self) -> None:
+        if not self.draws:
+            raise ValueError("draws is empty: a fit needs at least one site.")
+        leads = {name: tuple(value.shape[:2]) for name, value in self.draws.items()}
+        leads |= {name: tuple(value.shape) for name, value in self.sample_stats.items()}
+        if len(set(leads.values())) > 1 or len(next(iter(leads.values()))) != 2:
+            raise ValueError(
+                "every draw must start with the same (chain, draw), and every sample statistic be "
+                f"(chain, draw); got {leads}."
+            )
+        if 0 in next(iter(leads.values())):
+            raise ValueError(f"a fit needs at least one chain of one draw; got {leads}.")
+
+    # ------------------------------------------------------------ what it is
+    @property
+    def num_chains(self) -> int:
+        """Number of chains."""
+        return self._some.shape[0]
+
+    @property
+    def num_draws(self) -> int:
+        """Number of draws of each chain."""
+        return self._some.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the draws live, and all verbs compute."""
+        return self._some.device
+
+    @property
+    def schema(self) -> Schema:
+        """Names, kinds and levels of the columns of the training data."""
+        if self.data is not None:
+            return self.data.schema
+        if "schema" not in self.attrs:
+            raise ValueError(
+                "this fit knows neither its training data nor their columns: pass data=... or "
+                "attrs={'schema': schema.to_config()} to Fit."
+            )
+        return Schema.from_config(self.attrs["schema"])
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the columns of the training data."""
+        return self.schema.columns
+
+    @property
+    def _some(self) -> Tensor:
+        return next(iter(self.draws.values()))
+
+    @cached_property
+    def _flat(self) -> dict[str, Tensor]:
+        return verbs.flatten_draws(self.draws)
+
+    @cached_property
+    def _flat_aligned(self) -> dict[str, Tensor]:
+        return verbs.flatten_draws(self.aligned.draws)
+
+    def __repr__(self) -> str:
+        def plural(count: int, noun: str) -> str:
+            return f"{count} {noun}{'s' * (count != 1)}"
+
+        engine = self.attrs.get("engine", "an unnamed engine")
+        rows = self.attrs.get("num_rows", self.data.num_rows if self.data is not None else None)
+        size = "no data"
+        if rows:
+            size = f"{plural(rows, 'row')} x {plural(len(self.columns), 'column')}"
+        return (
+            f"Fit({type(self.model).__name__} by {engine}: {plural(self.num_chains, 'chain')} x "
+            f"{plural(self.num_draws, 'draw')}, {size})"
+        )
+
+    # ------------------------------------------------------------ densities
+    def log_prob(self, x: object) -> Tensor:
+        r"""Log posterior predictive density of each row, in nats; it integrates to one.
+
+        .. math:: \log p(x_i \mid D) = \log \int p(x_i \mid \theta)\, p(\theta \mid D)\, d\theta
+
+        exact where the model has a closed form under a conjugate posterior (a mixture of
+        Student-t), else the log of the mean over all draws.
+
+        Args:
+            x: Rows ``(n, d)``, ``NaN`` where missing.
+
+        Returns:
+            ``(n,)``.
+
+        Raises:
+            TypeError: The model has no density.
+            ValueError: The columns are not those of the training data.
+        """
+        return torch.cat([self._log_prob(batch) for batch in self._batches(x)])
+
+    def _log_prob(self, batch: Tensor) -> Tensor:
+        if self.posterior is not None and isinstance(self.model, Conjugate):
+            parts = []
+            for rows in batch.split(8192):
+                exact = self.model.log_predictive(rows, self.posterior)
+                if exact is None:
+                    break
+                parts.append(exact)
+            else:
+                return torch.cat(parts) if parts else batch.new_empty(0)
+        return verbs.log_mean_exp(require(self.model, Scored, "log_prob"), batch, self._flat)
+
+    def log_likelihood(self, x: object) -> Tensor:
+        """Log density of each row under each draw, ``(chain, draw, n)``, as for ArviZ's ``loo``."""
+        model = require(self.model, Scored, "log_likelihood")
+        parts = [verbs.log_likelihood(model, batch, self._flat) for batch in self._batches(x)]
+        return torch.cat(parts, dim=-1).unflatten(0, (self.num_chains, self.num_draws))
+
+    def sample(self, num_samples: int, *, seed: int = 0) -> Tensor:
+        """New rows from the posterior predictive, ``(num_samples, d)``; categories as codes."""
+        if num_samples < 1:
+            raise ValueError(f"num_samples={num_samples}, but at least 1 is needed.")
+        model = require(self.model, Generative, "sample")
+        generator = rng.make_generator(seed, self.device)
+        return verbs.sample(model, self._flat, num_samples, generator=generator)
+
+    # ------------------------------------------------------------ latents
+    def encode(self, x: object) -> Tensor:
+        """Posterior mean of each row's latent, averaged over aligned draws.
+
+        For labels these are responsibilities ``(n, K)``, summing to one; components are those of
+        :attr:`aligned`, ordered by decreasing weight.
+        """
+        model = require(self.model, Encoder, "encode")
+        return torch.cat(
+            [verbs.posterior_mean(model, batch, self._flat_aligned) for batch in self._batches(x)]
+        )
+
+    def predict(self, x: object) -> Tensor:
+        """Most probable label of each row, ``(n,)`` integers: the component in :attr:`aligned`."""
+        return self.encode(x).argmax(-1)
+
+    @cached_property
+    def anchors(self) -> Tensor:
+        """Up to 200 rows, evenly spaced in the training data, by which draws are aligned.
+
+        Without training data at hand they are drawn from the posterior predictive.
+        """
+        symmetry = self.model.symmetry if isinstance(self.model, Symmetric) else None
+        labels = symmetry.num_components if isinstance(symmetry, LabelPermutation) else 1
+        wanted = _ANCHOR_BUDGET // (labels * self.num_chains * self.num_draws)
+        wanted = max(20, min(_MAX_ANCHORS, wanted))
+        if self.data is None or not self.data.in_memory:
+            return self.sample(wanted, seed=0)
+        n = self.data.num_rows
+        index = torch.linspace(0, n - 1, min(n, wanted), dtype=torch.float64).round().long()
+        return self._to(self.data.tensor()[index.unique()])
+
+    @cached_property
+    def aligned(self) -> Alignment:
+        """The draws after relabelling, with a report of how sure the labels are."""
+        if not isinstance(self.model, Symmetric):
+            return Alignment(dict(self.draws))
+        probabilities = None
+        if isinstance(self.model, Encoder):
+            probabilities = verbs.probabilities(self.model, self.anchors, self._flat)
+        if probabilities is not None:
+            probabilities = probabilities.unflatten(0, (self.num_chains, self.num_draws))
+        return align(
+            self.draws,
+            self.model.symmetry,
+            responsibilities=probabilities,
+            log_density=self._log_density(),
+        )
+
+    def _log_density(self) -> Tensor | None:
+        if "lp" in self.sample_stats:
+            return self.sample_stats["lp"]
+        if isinstance(self.model, Scored):
+            flat = verbs.log_likelihood(self.model, self.anchors, self._flat).sum(-1)
+            return flat.unflatten(0, (self.num_chains, self.num_draws))
+        return None
+
+    # ------------------------------------------------------------ gaps
+    def impute(self, x: object, *, num_samples: int = 20, seed: int = 0) -> Tensor:
+        """Completed copies of the rows, ``(num_samples, n, d)``: proper multiple imputations.
+
+        Each copy belongs to one posterior draw and fills the gaps of every row from their
+        distribution given the row's observed entries, which stay as they are.
+        """
+        if num_samples < 1:
+            raise ValueError(f"num_samples={num_samples}, but at least 1 is needed.")
+        model = require(self.model, Conditional, "impute")
+        generator = rng.make_generator(seed, self.device)
+        total = self.num_chains * self.num_draws
+        index = torch.randint(total, (num_samples,), generator=generator, device=self.device)
+        flat = verbs.pick(self._flat, index)
+        return torch.cat(
+            [verbs.impute(model, b, flat, generator=generator) for b in self._batches(x)], dim=1
+        )
+
+    def impute_mean(self, x: object) -> Tensor:
+        """The rows with gaps filled by their posterior expectation, ``(n, d)``.
+
+        Category and binary columns take their most frequent value in 100 imputations instead.
+        """
+        model = require(self.model, Conditional, "impute_mean")
+        batches = list(self._batches(x))
+        filled = torch.cat([verbs.impute_mean(model, b, self._flat) for b in batches])
+        kinds = self.schema.kinds
+        discrete = [k for k, kind in enumerate(kinds) if kind in ("binary", "category")]
+        raw = torch.cat(batches)
+        if discrete and bool(raw[:, discrete].isnan().any()):
+            gaps = raw[:, discrete].isnan().any(-1)
+            copies = self.impute(raw[gaps], num_samples=100)
+            filled[gaps.nonzero(), torch.tensor(discrete)] = copies[..., discrete].mode(0).values
+        return filled
+
+    # ------------------------------------------------------------ verdicts
+    def summary(self) -> Summary:
+        """What was fitted, how well it mixed, and the posterior's table; ``print`` it."""
+        from bayesgen.summary import Summary
+
+        return Summary(self)
+
+    @cached_property
+    def arviz(self) -> Any:
+        """The fit for ArviZ: ``InferenceData`` with ArviZ 0.2x, a ``DataTree`` with 1.x."""
+        from bayesgen.diagnostics import to_arviz
+
+        return to_arviz(self)
+
+    # ------------------------------------------------------------ places
+    def to(self, device: torch.device | str) -> Fit:
+        """The same fit with every tensor on ``device``."""
+        where = torch.device(device)
+        model = type(self.model).from_config(verbs.move(self.model.to_config(), where))
+        return dataclasses.replace(
+            self,
+            model=model,
+            draws=verbs.move(self.draws, where),
+            posterior=verbs.move(self.posterior, where),
+            sample_stats=verbs.move(self.sample_stats, where),
+        )
+
+    # ------------------------------------------------------------ private
+    def _batches(self, x: object) -> Iterator[Tensor]:
+        """Checked rows in batches, on the fit's device and in its dtype."""
+        for batch in as_dataset(x, schema=self.schema).batches(_BATCH_SIZE):
+            yield self._to(batch)
+
+    def _to(self, rows: Tensor) -> Tensor:
+        dtype = self._some.dtype if self._some.is_floating_point() else torch.float64
+        return rows.to(self.device, dtype)
+
+
+def load(path: str | PathLike[str], model: type[Model] | None = None) -> Fit:
+    raise NotImplementedError
