@@ -60,7 +60,7 @@ def modules(root: Path) -> Iterator[Module]:
             below = relative.parts[1] if folder == "bayesgen" else folder
             room = below if below in FORBIDDEN else "core"
             source = path.read_text(encoding="utf-8")
-            yield Module(relative.as_posix(), room, source, ast.parse(source))
+            yield Module(relative.as_posix(), room, source, ast.parse(source, str(path)))
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
