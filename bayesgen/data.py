@@ -1,4 +1,4 @@
-"""Data in: arrays, frames, tensors and files become named, checked numbers, in memory or streamed."""
+"""Data in: arrays, frames, tensors and files become named, checked numbers."""
 
 from __future__ import annotations
 
@@ -12,21 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayesgen.moments import ColumnSummary, summarise
-from bayesgen.schema import Kind, RawTable, Schema, SchemaScan, default_names, encode, match_columns
-from bayesgen.streams import (
-    ArraySource,
-    FileRows,
-    MemoryRows,
-    MemorySource,
-    Rows,
-    SelectedSource,
-    Source,
-    SubsetRows,
-    open_source,
-    permutation,
-)
-from bayesgen.tables import raw_table
+from bayesgen.schema import Kind, Schema
+from bayesgen.tables.convert import raw_table
+from bayesgen.tables.encode import encode
+from bayesgen.tables.moments import ColumnSummary, summarise
+from bayesgen.tables.raw import RawTable, Type, default_names
+from bayesgen.tables.rows import FileRows, MemoryRows, Rows, Source, SubsetRows, permutation
+from bayesgen.tables.scan import SchemaScan
+from bayesgen.tables.sources import ArraySource, MemorySource, SelectedSource, open_source
 
 __all__ = ["MAX_BYTES_IN_MEMORY", "ColumnSummary", "Dataset", "Kind", "Schema", "as_dataset"]
 
@@ -38,8 +31,8 @@ MAX_BYTES_IN_MEMORY = 256 * 2**20
 class Dataset:
     """A table of checked numbers with named columns; made by :func:`as_dataset`.
 
-    Categories are codes ``0 .. L-1``, booleans 0 and 1, missing entries NaN. Rows are in memory, or
-    streamed from a file, which each pass reads again in blocks of a few megabytes.
+    Categories are codes ``0 .. L-1``, booleans 0 and 1, missing entries NaN. Rows are in memory,
+    or streamed from a file, which each pass reads again in blocks of a few megabytes.
     """
 
     def __init__(self, schema: Schema, rows: Rows) -> None:
@@ -76,7 +69,7 @@ class Dataset:
 
     @property
     def in_memory(self) -> bool:
-        """Whether :meth:`tensor` works; otherwise rows stream from disk through :meth:`batches`."""
+        """Whether :meth:`tensor` works; otherwise rows stream through :meth:`batches`."""
         return isinstance(self._rows, MemoryRows)
 
     @property
@@ -106,7 +99,8 @@ class Dataset:
         """
         if not isinstance(self._rows, MemoryRows):
             raise ValueError(
-                f"the {self.num_rows} rows stream from disk; use .batches(batch_size), or load them "
+                f"the {self.num_rows} rows stream from disk; use .batches(batch_size), or load "
+                f"them "
                 f"by as_dataset(path, in_memory=True)."
             )
         return self._rows.values.to(device, dtype)
@@ -125,10 +119,11 @@ class Dataset:
             batch_size: Rows in a batch.
             dtype: Of the batches.
             device: Of the batches.
-            generator: Shuffles. Rows in memory come in a uniformly random order. Streamed rows come
+            generator: Shuffles. Rows in memory come in a uniformly random order. Streamed rows
+            come
                 in a random order of the file's chunks (row groups of Parquet, stretches of about
-                8 MB of others), with the rows within each block of about 8 MB in random order: a file
-                that is sorted should be shuffled once on disk.
+                8 MB of others), with the rows within each block of about 8 MB in random order: a
+                file that is sorted should be shuffled once on disk.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, but got {batch_size}.")
@@ -213,11 +208,12 @@ class Dataset:
         return torch.where(positions < 0, positions + n, positions)
 
     def split(self, fraction: float, generator: torch.Generator) -> tuple[Dataset, Dataset]:
-        """Two random parts, the first with ``round(fraction * num_rows)`` rows, both in row order."""
+        """Two random parts in row order, the first with ``round(fraction * num_rows)`` rows."""
         first = round(fraction * self.num_rows)
         if not 0 < first < self.num_rows:
             raise ValueError(
-                f"fraction={fraction} of {self.num_rows} rows leaves one part empty; both need a row."
+                f"fraction={fraction} of {self.num_rows} rows leaves one part empty; both need a "
+                f"row."
             )
         mask = torch.zeros(self.num_rows, dtype=torch.bool)
         mask[permutation(self.num_rows, generator)[:first]] = True
@@ -235,7 +231,7 @@ class Dataset:
         return self._summary
 
     def fingerprint(self) -> str:
-        """SHA-256 of the schema and of all entries in float64, by row; the same however they are held."""
+        """SHA-256 of the schema and all entries in float64, row by row, however they are held."""
         if self._fingerprint is None:
             digest = hashlib.sha256(repr(self._schema.to_config()).encode())
             for block in self._rows.blocks():
@@ -258,18 +254,20 @@ def as_dataset(
 ) -> Dataset:
     """Check data of any common form and return it as a :class:`Dataset`.
 
-    Without ``schema`` the kinds are learnt: text and categoricals are categories (levels in the order
-    declared, else sorted), booleans are binary, integers that are never negative are counts, the rest
-    is real. With ``schema`` - that of the data a model was fitted to - columns are matched by name (by
-    position if the input has no names) and categories get the same codes.
+    Without ``schema`` the kinds are learnt: text and categoricals are categories (levels in the
+    order declared, else sorted), booleans are binary, integers that are never negative are counts,
+    the rest is real. With ``schema`` - that of the data a model was fitted to - columns are
+    matched by name (by position if the input has no names) and categories get the same codes.
 
     Args:
-        x: Numbers as a numpy array, torch tensor or list of 1 (one column) or 2 dimensions; a pandas,
-            polars or pyarrow table, a dict of columns, an xarray Dataset or DataArray; the path of a
-            ``.csv`` or ``.tsv`` file with a header, or of a ``.parquet`` or ``.npy`` file; a Dataset.
-            NaN, None, NA and masked entries are missing.
+        x: Numbers as a numpy array, torch tensor or list of 1 (one column) or 2 dimensions; a
+        pandas,
+            polars or pyarrow table, a dict of columns, an xarray Dataset or DataArray; the path of
+            a ``.csv`` or ``.tsv`` file with a header, or of a ``.parquet`` or ``.npy`` file; a
+            Dataset. NaN, None, NA and masked entries are missing.
         schema: The schema that the data must have.
-        columns: Names for the columns of an array; or the columns of a table to keep, in this order.
+        columns: Names for the columns of an array; or the columns of a table to keep, in this
+        order.
         kinds: Kinds to use instead of the learnt ones, by column, or one for all.
         allow_missing: Whether missing entries are allowed.
         in_memory: Whether a file is loaded (True) or streamed (False); by default files up to
@@ -290,7 +288,9 @@ def as_dataset(
     if schema is not None and kinds is not None:
         raise ValueError("pass schema or kinds, not both: a schema has its own kinds.")
     if isinstance(columns, str):
-        raise TypeError(f"columns must be a list of names, but got {columns!r}; pass [{columns!r}].")
+        raise TypeError(
+            f"columns must be a list of names, but got {columns!r}; pass [{columns!r}]."
+        )
     if isinstance(x, Dataset):
         if columns is None and kinds is None and schema in (None, x.schema):
             return _check_missing(x, allow_missing)
@@ -306,7 +306,8 @@ def _as_raw(data: Dataset) -> RawTable:
     schema = data.schema
     if not data.in_memory:
         raise ValueError(
-            "the Dataset streams from disk with another schema; pass the path again, together with "
+            "the Dataset streams from disk with another schema; pass the path again, together "
+            "with "
             "schema, columns or kinds."
         )
     return RawTable(
@@ -318,7 +319,7 @@ def _as_raw(data: Dataset) -> RawTable:
     )
 
 
-_TYPES: Mapping[Kind, Any] = {
+_TYPES: Mapping[Kind, Type] = {
     "real": "real",
     "count": "integer",
     "binary": "bool",
@@ -341,7 +342,8 @@ def _open(
     if not isinstance(x, (str, Path)):
         if in_memory is False:
             raise ValueError(
-                f"in_memory=False streams a file, but got {type(x).__name__}; write it to a .parquet "
+                f"in_memory=False streams a file, but got {type(x).__name__}; write it to a "
+                f".parquet "
                 f"or .npy file and pass the path."
             )
         return MemorySource(raw_table(x)), False
@@ -364,7 +366,7 @@ def _read(
     kinds: Mapping[str, Kind] | Kind | None,
     stream: bool,
 ) -> Dataset:
-    """One pass that counts, checks and, without a schema, learns; it keeps the rows unless streamed."""
+    """One pass that counts, checks and learns what is not given; keeps rows unless streamed."""
     names = source.names if source.names is not None else default_names(source.num_columns)
     if not names:
         raise ValueError("the data have no columns; at least one is needed.")
@@ -402,7 +404,8 @@ def _check_missing(data: Dataset, allow_missing: bool) -> Dataset:
         if len(missing):
             row, column = missing[0].tolist()
             raise ValueError(
-                f"row {start + row}, column {data.columns[column]!r} is missing, but missing values "
+                f"row {start + row}, column {data.columns[column]!r} is missing, but missing "
+                f"values "
                 f"are not allowed here; drop such rows, in pandas by frame.dropna(), or fill them."
             )
         start += len(block)

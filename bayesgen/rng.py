@@ -1,8 +1,9 @@
 """Randomness: explicit generators, and the samplers that torch lacks a generator argument for.
 
-This is the only module that touches the global generators of torch, numpy and Python, and only inside
-:func:`fork`, which puts them back. Seeds are integers below ``2**32``: torch's CPU generator reads no
-more bits than that, so that ``manual_seed(1)`` and ``manual_seed(1 + 2**32)`` are the same stream.
+This is the only module that touches the global generators of torch, numpy and Python, and only
+inside :func:`fork`, which puts them back. Seeds are integers below ``2**32``: torch's CPU
+generator reads no more bits than that, so that ``manual_seed(1)`` and ``manual_seed(1 + 2**32)``
+are the same stream.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def check_seed(seed: SupportsIndex) -> int:
     value = operator.index(seed)
     if not 0 <= value < _SEED_LIMIT:
         raise ValueError(
-            f"seed must be in [0, 2**32), but got {value}: torch's CPU generator ignores higher bits. "
+            f"seed must be in [0, 2**32), but got {value}: torch's CPU generator ignores higher "
+            f"bits. "
             f"Use for example seed={value % _SEED_LIMIT}."
         )
     return value
@@ -60,9 +62,10 @@ def make_generator(
     """Return a generator on ``device``.
 
     Args:
-        seed: An int in ``[0, 2**32)``; a generator, which is returned as it is; or None, which draws
-            a seed from the operating system. ``generator.initial_seed()`` says which, and gives the
-            same stream again.
+        seed: An int in ``[0, 2**32)``; a generator, which is returned as it is; or None, which
+        draws
+            a seed from the operating system. ``generator.initial_seed()`` says which, and gives
+            the same stream again.
         device: Where the generator draws.
 
     Raises:
@@ -121,8 +124,8 @@ def fork(generator: torch.Generator) -> Iterator[None]:
 
     For code that takes no generator, such as ``.sample()`` of torch's and Pyro's distributions.
     Covers torch on CPU and on every CUDA device in use, numpy's legacy generator and Python's
-    ``random``. Each use advances ``generator`` by one draw. The global generators are shared by all
-    threads, so that the block is reproducible only while no other thread draws from them.
+    ``random``. Each use advances ``generator`` by one draw. The global generators are shared by
+    all threads, so that the block is reproducible only while no other thread draws from them.
 
     Example:
         >>> generator, before = make_generator(0), torch.get_rng_state()
@@ -131,9 +134,7 @@ def fork(generator: torch.Generator) -> Iterator[None]:
         >>> bool((torch.get_rng_state() == before).all())
         True
     """
-    seed = int(
-        torch.randint(_SEED_LIMIT, (), generator=generator, device=generator.device).item()
-    )
+    seed = int(torch.randint(_SEED_LIMIT, (), generator=generator, device=generator.device).item())
     uses_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
     cpu_state = torch.get_rng_state()
     cuda_states = torch.cuda.get_rng_state_all() if uses_cuda else []
@@ -168,8 +169,8 @@ def standard_normal(
 def gamma(concentration: Tensor, generator: torch.Generator) -> Tensor:
     """Gamma variates of unit rate, one for each ``concentration > 0``.
 
-    Differentiable in the concentration (implicit reparametrisation). Small concentrations underflow
-    to zero: :func:`log_gamma_sample` does not.
+    Differentiable in the concentration (implicit reparametrisation). Small concentrations
+    underflow to zero: :func:`log_gamma_sample` does not.
     """
     return torch._standard_gamma(concentration, generator=generator)
 

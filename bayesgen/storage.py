@@ -1,9 +1,9 @@
 """Folders without pickle, replaced atomically: a reader sees the old save or the new one, whole.
 
-A folder holds data files with unique names and one ``manifest.json`` that lists them with their SHA-256.
-A save writes new data files, flushes them to disk, and then replaces the manifest in one step, which is
-the commit; files that the new manifest does not list are removed afterwards. Tensors are safetensors,
-everything else JSON or bytes; reading runs no code that a file names.
+A folder holds data files with unique names and one ``manifest.json`` that lists them with their
+SHA-256. A save writes new data files, flushes them to disk, and then replaces the manifest in one
+step, which is the commit; files that the new manifest does not list are removed afterwards.
+Tensors are safetensors, everything else JSON or bytes; reading runs no code that a file names.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -32,7 +31,7 @@ __all__ = ["flatten", "read_folder", "unflatten", "write_bytes", "write_folder"]
 FORMAT = "bayesgen-folder"
 VERSION = 1
 MANIFEST = "manifest.json"
-_OURS = re.compile(r".*-[0-9a-f]{32}(\.[A-Za-z0-9_.]+)?\Z")
+_OURS = re.compile(r".*-[0-9a-f]{32}(\..+)?\Z")
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\Z")
 _READ_ATTEMPTS = 50
 
@@ -121,14 +120,15 @@ def write_folder(
 def _contents(
     tensors: Mapping[str, Tensor], config: Any, files: Mapping[str, bytes]
 ) -> dict[str, bytes]:
-    """The bytes of all data files, by role: everything that can fail does so before a file is touched."""
+    """The bytes of all data files, by role: bad input fails here, before a file is touched."""
     plain: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(
                 f"tensors[{name!r}] is {type(tensor).__name__}; convert it by torch.as_tensor."
             )
-        plain[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        # A copy each: safetensors refuses tensors that share memory.
+        plain[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     try:
         text = json.dumps(config, allow_nan=False, ensure_ascii=False)
     except (TypeError, ValueError) as error:
@@ -158,11 +158,10 @@ def _check_ours(folder: Path) -> None:
 
 
 def _commit(folder: Path, contents: Mapping[str, bytes]) -> None:
-    identity = uuid.uuid4().hex
     entries = {}
     for role, content in contents.items():
         stem, _, suffix = role.rpartition("/")[2].partition(".")
-        name = f"{stem}-{identity}" + (f".{suffix}" if suffix else "")
+        name = f"{stem}-{uuid.uuid4().hex}" + (f".{suffix}" if suffix else "")
         _write_through(folder / name, content)
         digest = hashlib.sha256(content).hexdigest()
         entries[role] = {"name": name, "size": len(content), "sha256": digest}
@@ -273,7 +272,8 @@ def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         for key in value:
             if not isinstance(key, str) or key.startswith("$") or "/" in key:
                 raise TypeError(
-                    f"the key {key!r} at {path or 'the top'} must be a string without '/' that does "
+                    f"the key {key!r} at {path or 'the top'} must be a string without '/' that "
+                    f"does "
                     f"not start with '$'."
                 )
         return {k: _flatten(v, f"{path}/{k}" if path else k, tensors) for k, v in value.items()}
@@ -286,7 +286,8 @@ def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if value is None or type(value) in (bool, int, float, str):
         return value
     raise TypeError(
-        f"the value at {path or 'the top'} is {type(value).__name__}; allowed are tensors, dicts with "
+        f"the value at {path or 'the top'} is {type(value).__name__}; allowed are tensors, dicts "
+        f"with "
         f"string keys, lists, numbers, strings, booleans and None."
     )
 

@@ -87,6 +87,8 @@ def _load_sklearn(name: str) -> tuple[Dataset, Tensor]:
         "wine": datasets.load_wine,
     }
     bunch = loaders[name]()
-    columns = [str(column).replace(" (cm)", "").replace(" ", "_") for column in bunch.feature_names]
+    columns = [
+        str(column).replace(" (cm)", "").replace(" ", "_") for column in bunch.feature_names
+    ]
     data = as_dataset(bunch.data, columns=columns, kinds="real")
     return data, torch.as_tensor(bunch.target).to(torch.int64)

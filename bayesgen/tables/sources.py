@@ -1,61 +1,32 @@
-"""Rows from memory and from disk, in blocks: a pass over a file never holds more than a few blocks."""
+"""Files of raw rows, read in chunks: a pass over a file never holds more than a few blocks."""
 
 from __future__ import annotations
 
 import csv
 import io
-from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from bayesgen.schema import RawTable, Schema, encode, is_number, select
-from bayesgen.tables import from_arrow, raw_table
+from bayesgen.tables.convert import raw_table
+from bayesgen.tables.frames import from_arrow
+from bayesgen.tables.raw import RawTable, is_number, select
+from bayesgen.tables.rows import BLOCK_BYTES, Source, rows_per_block
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
-__all__ = ["FileRows", "MemoryRows", "MemorySource", "Rows", "SelectedSource", "Source", "SubsetRows", "open_source"]
-
-BLOCK_BYTES = 8 * 2**20
-
-
-def rows_per_block(num_columns: int) -> int:
-    """Rows of float64 in one block."""
-    return max(1, BLOCK_BYTES // (8 * num_columns))
-
-
-# ------------------------------------------------------------------ where rows come from
-class Source(ABC):
-    """A file of raw rows, made of chunks that can be read in any order."""
-
-    @property
-    @abstractmethod
-    def names(self) -> tuple[str, ...] | None:
-        """Names of the columns, None if the file has none."""
-
-    @property
-    @abstractmethod
-    def num_columns(self) -> int:
-        """Number of columns."""
-
-    @property
-    @abstractmethod
-    def num_chunks(self) -> int:
-        """Number of chunks."""
-
-    @abstractmethod
-    def chunk(self, index: int) -> Iterator[RawTable]:
-        """The rows of one chunk, in blocks."""
-
-    def stamp(self) -> tuple[int, int] | None:
-        """Size and time of the last change of the file, None for memory."""
-        return None
+__all__ = [
+    "ArraySource",
+    "CsvSource",
+    "MemorySource",
+    "ParquetSource",
+    "SelectedSource",
+    "open_source",
+]
 
 
 def file_stamp(path: Path) -> tuple[int, int]:
@@ -267,7 +238,8 @@ class CsvSource(Source):
 def _record_edges(path: Path) -> list[int]:
     """Offsets at which records start, about a block apart, after the header; the last is the end.
 
-    A line end counts where an even number of quotes precede it, so that quoted fields may hold some.
+    A line end counts where an even number of quotes precede it, so that quoted fields may hold
+    some.
     """
     size = path.stat().st_size
     edges: list[int] = []
@@ -294,14 +266,17 @@ def _record_edges(path: Path) -> list[int]:
 
 
 def open_source(path: Path, columns: Collection[str] | None, text: Collection[str]) -> Source:
-    """Open a file by its suffix; ``text`` names columns that are levels even if they look like numbers."""
+    """Open a file by its suffix; columns in ``text`` are levels even if they look like numbers."""
     if not path.exists():
         raise FileNotFoundError(f"there is no file {str(path)!r}.")
     suffix = path.suffix.lower()
     if path.is_dir() or suffix not in (".csv", ".tsv", ".parquet", ".npy"):
-        fix = " Load it by numpy.load(path)['name'] and pass the array." if suffix == ".npz" else ""
+        fix = (
+            " Load it by numpy.load(path)['name'] and pass the array." if suffix == ".npz" else ""
+        )
         raise ValueError(
-            f"{str(path)!r} is {'a folder' if path.is_dir() else 'of an unknown type'}; allowed are "
+            f"{str(path)!r} is {'a folder' if path.is_dir() else 'of an unknown type'}; allowed "
+            f"are "
             f"files .csv, .tsv, .parquet and .npy.{fix}"
         )
     if suffix == ".npy":
@@ -312,87 +287,3 @@ def open_source(path: Path, columns: Collection[str] | None, text: Collection[st
     if suffix == ".parquet":
         return ParquetSource(path, columns)
     return CsvSource(path, "\t" if suffix == ".tsv" else ",", columns, text)
-
-
-# ------------------------------------------------------------------ checked rows
-class Rows(ABC):
-    """Checked, encoded rows that can be passed over again and again."""
-
-    num_rows: int
-
-    @abstractmethod
-    def pieces(self, generator: torch.Generator | None = None) -> Iterator[tuple[int, Tensor]]:
-        """All rows as ``(number of the first row, (b, d) rows)``; with ``generator`` out of order."""
-
-    def blocks(self, generator: torch.Generator | None = None) -> Iterator[Tensor]:
-        """All rows in blocks ``(b, d)``; ``generator`` shuffles the chunks, and rows within blocks."""
-        for _, piece in self.pieces(generator):
-            yield piece if generator is None else piece[permutation(len(piece), generator)]
-
-
-class MemoryRows(Rows):
-    """Rows held as one tensor; shuffled as a whole."""
-
-    def __init__(self, values: Tensor) -> None:
-        self.values = values
-        self.num_rows = len(values)
-
-    def pieces(self, generator: torch.Generator | None = None) -> Iterator[tuple[int, Tensor]]:
-        del generator
-        step = rows_per_block(self.values.shape[1])
-        for start in range(0, self.num_rows, step):
-            yield start, self.values[start : start + step]
-
-    def blocks(self, generator: torch.Generator | None = None) -> Iterator[Tensor]:
-        if generator is None:
-            yield from super().blocks()
-            return
-        order = permutation(self.num_rows, generator).to(self.values.device)
-        for index in order.split(rows_per_block(self.values.shape[1])):
-            yield self.values[index]
-
-
-class FileRows(Rows):
-    """Rows read from a source in each pass, at flat memory.
-
-    Args:
-        source: Where the raw rows come from.
-        schema: What they must agree with.
-        chunk_rows: The number of rows of each chunk, as counted when the file was scanned.
-    """
-
-    def __init__(self, source: Source, schema: Schema, chunk_rows: list[int]) -> None:
-        self._source, self._schema = source, schema
-        self._starts = np.concatenate(([0], np.cumsum(chunk_rows))).tolist()
-        self._stamp = source.stamp()
-        self.num_rows = self._starts[-1]
-
-    def pieces(self, generator: torch.Generator | None = None) -> Iterator[tuple[int, Tensor]]:
-        if self._source.stamp() != self._stamp:
-            raise ValueError("the file has changed since it was first read; call as_dataset again.")
-        num = self._source.num_chunks
-        order = range(num) if generator is None else permutation(num, generator).tolist()
-        for index in order:
-            start = self._starts[index]
-            for raw in self._source.chunk(index):
-                yield start, encode(raw, self._schema, start)
-                start += len(raw.values)
-
-
-class SubsetRows(Rows):
-    """Some rows of others, in their order: a mask of one byte a row."""
-
-    def __init__(self, rows: Rows, mask: Tensor) -> None:
-        self.parent, self.mask = rows, mask
-        self.num_rows = int(mask.sum())
-
-    def pieces(self, generator: torch.Generator | None = None) -> Iterator[tuple[int, Tensor]]:
-        for start, piece in self.parent.pieces(generator):
-            kept = piece[self.mask[start : start + len(piece)]]
-            if len(kept):
-                yield int(self.mask[:start].sum()), kept
-
-
-def permutation(n: int, generator: torch.Generator) -> Tensor:
-    """A random order of ``n`` things, on the CPU."""
-    return torch.randperm(n, generator=generator, device=generator.device).cpu()

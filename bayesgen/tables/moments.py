@@ -74,7 +74,7 @@ class ColumnSummary:
 
 
 def _summarise_block(block: Tensor, columns: tuple[str, ...]) -> ColumnSummary:
-    """Two passes over one block of rows that is in memory, with the rounding of the mean corrected."""
+    """Two passes over one block of rows, with the rounding of the mean corrected."""
     x = block.to(torch.float64)
     observed = ~x.isnan()
     count = observed.sum(0).to(torch.float64)

@@ -1,0 +1,3 @@
+"""What :mod:`bayesgen.data` is made of: reading, checking and coding tables."""
+
+__all__: list[str] = []
