@@ -1,6 +1,6 @@
 # One verb a task. `make demo` on a fresh machine needs python3 (3.11 or later) and make.
 PYTHON ?= python3
-VENV := .venv
+VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 THREADS := OMP_NUM_THREADS=1
