@@ -52,7 +52,7 @@ def _pandas_column(x: pd.Series[Any], name: str) -> RawColumn:
 
     dtype = x.dtype
     if isinstance(dtype, pd.SparseDtype):
-        x = x.sparse.to_dense()
+        x = pd.Series(np.asarray(x), name=x.name)
         dtype = x.dtype
     if isinstance(dtype, pd.CategoricalDtype):
         return codes_column(x.cat.codes.to_numpy(), list(dtype.categories), declared=True)

@@ -66,7 +66,7 @@ class Rows(ABC):
 
     @abstractmethod
     def pieces(self, generator: torch.Generator | None = None) -> Iterator[tuple[int, Tensor]]:
-        """All rows as (number of the first, rows ``(b, d)``); ``generator`` permutes the chunks."""
+        """All rows as (number of the first, ``(b, d)`` rows); ``generator`` permutes chunks."""
 
     def blocks(self, generator: torch.Generator | None = None) -> Iterator[Tensor]:
         """All rows in blocks ``(b, d)``; ``generator`` permutes chunks, and rows within blocks."""
