@@ -18,6 +18,12 @@ from bayesgen.distributions.constraints import (
 from bayesgen.distributions.inverse_wishart import InverseWishart, InverseWishartCholesky
 from bayesgen.distributions.normal_inverse_gamma import NormalInverseGamma
 from bayesgen.distributions.normal_inverse_wishart import NaturalExpectations, NormalInverseWishart
+from bayesgen.distributions.partial import (
+    PartialMultivariateNormal,
+    PartialMultivariateStudentT,
+    partial_real_vector,
+)
+from bayesgen.distributions.student_t_mixture import StudentTMixture
 
 __all__ = [
     "CholeskyFactorTransform",
@@ -28,8 +34,12 @@ __all__ = [
     "NaturalExpectations",
     "NormalInverseGamma",
     "NormalInverseWishart",
+    "PartialMultivariateNormal",
+    "PartialMultivariateStudentT",
     "PositiveDefiniteTransform",
+    "StudentTMixture",
     "cholesky_factor",
     "loc_cholesky",
     "loc_variance",
+    "partial_real_vector",
 ]

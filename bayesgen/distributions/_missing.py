@@ -1,7 +1,7 @@
 r"""Quadratic forms of rows with missing entries, exact, without a loop over rows or patterns.
 
-Rows that miss the same entries share one factor. Each pattern's factor is one member of a batched QR; the
-rows are laid out in tiles of one pattern each, and all tiles go through one batched triangular solve.
+Rows that miss the same entries share one factor. All patterns' factors come from one batched QR;
+the rows are laid out in tiles of one pattern each, and all tiles go through one batched solve.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class ObservedForm(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """Where the rows lie: ``position`` in the padded tiles, and the group of every row and tile."""
+    """Where the rows lie: ``position`` in the padded tiles; the group of each row and tile."""
 
     group: Tensor
     position: Tensor
@@ -40,7 +40,7 @@ class _Layout(NamedTuple):
 
 
 def _group_rows(missing: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
-    """Number the distinct pairs (block, pattern) of ``(n, d)`` rows; also return one row of each."""
+    """Number the distinct pairs (block, pattern) of ``(n, d)`` rows; and one row of each."""
     group = block
     for bits in missing.split(_BITS, -1):
         powers = 2 ** torch.arange(bits.shape[-1], device=bits.device)
@@ -52,7 +52,7 @@ def _group_rows(missing: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _lay_out(group: Tensor, num_groups: int) -> _Layout:
-    """Tiles as wide as the mean group: at most twice as many tiles as groups, so little padding."""
+    """Tiles as wide as the mean group: at most twice as many as groups, so little padding."""
     width = -(-len(group) // num_groups)
     counts = torch.bincount(group, minlength=num_groups)
     tiles = (counts + width - 1) // width
@@ -111,8 +111,8 @@ def observed_form(value: Tensor, loc: Tensor, scale_tril: Tensor) -> ObservedFor
     if not math.prod(batch):
         empty = (shift.sum(-1) + log_diagonal(scale_tril).sum(-1)).expand(batch)
         return ObservedForm(empty, empty, empty)
-    # A batch dimension is `outer` when only the factors vary along it, `shared` when the patterns do
-    # as well, and otherwise its entries are plain `rows`: all of them can share a factor.
+    # A batch dimension is `outer` when only the factors vary along it, `shared` when the patterns
+    # do as well, and otherwise its entries are plain `rows`: all of them can share a factor.
     rank = len(batch)
     masks = Size((1,) * (rank + 1 - missing.dim()) + tuple(missing.shape[:-1]))
     factors = Size((1,) * (rank + 2 - scale_tril.dim()) + tuple(scale_tril.shape[:-2]))

@@ -48,8 +48,8 @@ def check_degrees(owner: str, df: Tensor, dim: int) -> None:
 class InverseWishartCholesky(TorchDistribution):
     r"""Distribution of the Cholesky factor of an inverse-Wishart covariance matrix.
 
-    :math:`\Sigma = LL^\top \sim IW(\nu, \Psi)`, and the event is :math:`L`. With ``A = scale_tril`` and
-    :math:`\Psi = AA^\top`, the density of the :math:`d(d+1)/2` distinct entries of :math:`\Sigma` is
+    :math:`\Sigma = LL^\top \sim IW(\nu, \Psi)`, the event is :math:`L`. With ``A = scale_tril``
+    and :math:`\Psi = AA^\top`, the density of the distinct entries of :math:`\Sigma` is
 
     .. math::
         p(\Sigma) = \frac{|\Psi|^{\nu/2}}{2^{\nu d/2} \Gamma_d(\nu/2)} |\Sigma|^{-(\nu+d+1)/2}

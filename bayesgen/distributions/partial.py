@@ -45,7 +45,7 @@ def _to_partial(constraint: constraints.Constraint) -> Transform:
     return biject_to(constraints.real_vector)
 
 
-def _root(scale_tril: Tensor, columns: Tensor) -> Tensor:
+def block_factor(scale_tril: Tensor, columns: Tensor) -> Tensor:
     """Cholesky factor of the block ``columns`` of ``L L^T``, without forming it."""
     upper = torch.linalg.qr(scale_tril[..., columns, :].mT).R
     sign = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)
@@ -89,9 +89,9 @@ class PartialMultivariateNormal(MultivariateNormal):
     .. math::
         \log p(x) = \log N(x_o \mid \mu_o, \Sigma_{oo}), \qquad o = \{j : x_j \text{ is not NaN}\},
 
-    which is exact when entries are missing at random. Rows are grouped by pattern, and a row without
-    any observed entry has ``log_prob`` 0. All else is as in :class:`pyro.distributions.MultivariateNormal`,
-    arguments included; draws are complete.
+    which is exact when entries are missing at random. Rows are grouped by pattern; a row without
+    any observed entry has ``log_prob`` 0. All else, arguments included, is as in
+    :class:`pyro.distributions.MultivariateNormal`; draws are complete.
 
     References:
         Little and Rubin (2019). Statistical Analysis with Missing Data, chapter 11.
@@ -108,8 +108,8 @@ class PartialMultivariateNormal(MultivariateNormal):
 
     Example:
         >>> normal = PartialMultivariateNormal(torch.zeros(2), scale_tril=torch.eye(2))
-        >>> normal.log_prob(torch.tensor([[0.0, 0.0], [0.0, math.nan], [math.nan, math.nan]]))
-        tensor([-1.8379, -0.9189,  0.0000])
+        >>> normal.log_prob(torch.tensor([[0.0, 0.0], [0.0, math.nan]]))
+        tensor([-1.8379, -0.9189])
     """
 
     support = partial_real_vector
@@ -121,11 +121,11 @@ class PartialMultivariateNormal(MultivariateNormal):
         return -0.5 * (form.square + form.count * math.log(2.0 * math.pi)) - form.half_log_det
 
     def marginal(self, columns: Tensor | list[int]) -> PartialMultivariateNormal:
-        """The distribution of some columns, given by number or as a boolean mask, in that order."""
+        """The distribution of some columns, in that order, by number or boolean mask."""
         index = check_columns(type(self).__name__, columns, self.event_shape[0])
         return PartialMultivariateNormal(
             self.loc[..., index],
-            scale_tril=_root(self._unbroadcasted_scale_tril, index),
+            scale_tril=block_factor(self._unbroadcasted_scale_tril, index),
             validate_args=self._validate_args,
         )
 
@@ -136,7 +136,7 @@ class PartialMultivariateNormal(MultivariateNormal):
             x: Rows, ``(..., d)``; entries outside the mask are not read.
             observed: One boolean mask ``(d,)`` for all rows, with at least one False.
         """
-        observed = _check_condition(type(self).__name__, x, observed, self.event_shape[0])
+        observed = check_condition(type(self).__name__, x, observed, self.event_shape[0])
         seen, cross, rest = split_factor(self._unbroadcasted_scale_tril, observed)
         shift = (x[..., observed] - self.loc[..., observed]).unsqueeze(-1)
         step = (cross @ solve_lower(seen, shift)).squeeze(-1)
@@ -145,14 +145,14 @@ class PartialMultivariateNormal(MultivariateNormal):
         )
 
 
-def _check_condition(owner: str, x: Tensor, observed: Tensor, dim: int) -> Tensor:
+def check_condition(owner: str, x: Tensor, observed: Tensor, dim: int) -> Tensor:
     observed = observed_mask(owner, observed, dim).to(x.device)
     if bool(observed.all()):
         raise ValueError(f"{owner}: every column is observed, so there is none to condition.")
     if bool(torch.isnan(x[..., observed]).any()):
         raise ValueError(
-            f"{owner}: x has NaN in a column that `observed` declares observed. Condition the rows "
-            f"of each missing pattern apart."
+            f"{owner}: x has NaN in a column that `observed` declares observed. Condition the "
+            f"rows of each missing pattern apart."
         )
     return observed
 
@@ -160,8 +160,8 @@ def _check_condition(owner: str, x: Tensor, observed: Tensor, dim: int) -> Tenso
 class PartialMultivariateStudentT(MultivariateStudentT):
     r"""Multivariate Student-t whose values may have missing entries, marked by NaN.
 
-    The marginal of a Student-t keeps its degrees of freedom, so the missing entries are integrated out
-    exactly. All else is as in :class:`pyro.distributions.MultivariateStudentT`.
+    The marginal of a Student-t keeps its degrees of freedom, so the missing entries are integrated
+    out exactly. All else is as in :class:`pyro.distributions.MultivariateStudentT`.
 
     References:
         Kotz and Nadarajah (2004). Multivariate t Distributions and Their Applications.
@@ -190,12 +190,12 @@ class PartialMultivariateStudentT(MultivariateStudentT):
         return student_t_log_prob(form, self.df)
 
     def marginal(self, columns: Tensor | list[int]) -> PartialMultivariateStudentT:
-        """The distribution of some columns, given by number or as a boolean mask, in that order."""
+        """The distribution of some columns, in that order, by number or boolean mask."""
         index = check_columns(type(self).__name__, columns, self.event_shape[0])
         return PartialMultivariateStudentT(
             self.df,
             self.loc[..., index],
-            _root(self._unbroadcasted_scale_tril, index),
+            block_factor(self._unbroadcasted_scale_tril, index),
             validate_args=self._validate_args,
         )
 
@@ -206,7 +206,7 @@ class PartialMultivariateStudentT(MultivariateStudentT):
             x: Rows, ``(..., d)``; entries outside the mask are not read.
             observed: One boolean mask ``(d,)`` for all rows, with at least one False.
         """
-        observed = _check_condition(type(self).__name__, x, observed, self.event_shape[0])
+        observed = check_condition(type(self).__name__, x, observed, self.event_shape[0])
         seen, cross, rest = split_factor(self._unbroadcasted_scale_tril, observed)
         shift = (x[..., observed] - self.loc[..., observed]).unsqueeze(-1)
         whitened = solve_lower(seen, shift)
