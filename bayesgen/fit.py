@@ -29,6 +29,7 @@ from bayesgen.symmetry import Alignment, LabelPermutation, align
 if TYPE_CHECKING:
     from os import PathLike
 
+    from bayesgen.outliers import Outliers
     from bayesgen.summary import Summary
 
 __all__ = ["Fit", "load"]
@@ -84,6 +85,17 @@ class Fit:
     calibration: Any = None
 
     def __post_init__(self) -> None:
+        self._check()
+        # A reload gives equal bits only if memory is laid out as a reload has it.
+        object.__setattr__(self, "draws", _contiguous(self.draws))
+        if self.posterior is not None:
+            posterior = {block: _contiguous(values) for block, values in self.posterior.items()}
+            object.__setattr__(self, "posterior", posterior)
+        if self.data is not None and "schema" not in self.attrs:
+            attrs = {**self.attrs, "schema": self.data.schema.to_config()}
+            object.__setattr__(self, "attrs", attrs)
+
+    def _check(self) -> None:
         if not self.draws:
             raise ValueError("draws is empty: a fit needs at least one site.")
         leads = {name: tuple(value.shape[:2]) for name, value in self.draws.items()}
@@ -189,7 +201,7 @@ class Fit:
         return verbs.log_mean_exp(require(self.model, Scored, "log_prob"), batch, self._flat)
 
     def log_likelihood(self, x: object) -> Tensor:
-        """Log density of each row under each draw, ``(chain, draw, n)``, as for ArviZ's ``loo``."""
+        """Log density of each row under each draw, ``(chain, draw, n)``, as in ArviZ's ``loo``."""
         model = require(self.model, Scored, "log_likelihood")
         parts = [verbs.log_likelihood(model, batch, self._flat) for batch in self._batches(x)]
         return torch.cat(parts, dim=-1).unflatten(0, (self.num_chains, self.num_draws))
@@ -295,6 +307,36 @@ class Fit:
         return filled
 
     # ------------------------------------------------------------ verdicts
+    def outliers(
+        self,
+        x: object,
+        *,
+        fdr: float = 0.05,
+        calibration: object = None,
+        fraction: float = 0.5,
+        folds: int | None = None,
+        dependence: str = "positive",
+        generator: torch.Generator | None = None,
+        seed: int = 0,
+    ) -> Outliers:
+        """Which rows do not belong, at most a share ``fdr`` of the calls wrong on average.
+
+        See :func:`bayesgen.outliers.outliers` for the arguments and for what is guaranteed.
+        """
+        from bayesgen.outliers import outliers
+
+        return outliers(
+            self,
+            x,
+            fdr=fdr,
+            calibration=calibration,
+            fraction=fraction,
+            folds=folds,
+            dependence=dependence,
+            generator=generator,
+            seed=seed,
+        )
+
     def summary(self) -> Summary:
         """What was fitted, how well it mixed, and the posterior's table; ``print`` it."""
         from bayesgen.summary import Summary
@@ -309,13 +351,31 @@ class Fit:
         return to_arviz(self)
 
     # ------------------------------------------------------------ places
+    def save(self, path: str | PathLike[str], *, include_data: bool | None = None) -> None:
+        """Save into a folder, atomically; :func:`load` gives it back bit by bit.
+
+        Everything is safetensors and JSON. For ArviZ's netCDF say ``fit.arviz.to_netcdf(file)``.
+
+        Args:
+            path: The folder, new or an earlier save.
+            include_data: Whether the training data are saved too, so that diagnostics and
+                calibration keep working; by default when they are in memory and at most 64 MiB.
+        """
+        from bayesgen.saving import write_fit
+
+        write_fit(self, path, include_data=include_data)
+
+    @staticmethod
+    def load(path: str | PathLike[str], model: type[Model] | None = None) -> Fit:
+        """Load a saved fit; see :func:`load`."""
+        return load(path, model)
+
     def to(self, device: torch.device | str) -> Fit:
         """The same fit with every tensor on ``device``."""
         where = torch.device(device)
-        model = type(self.model).from_config(verbs.move(self.model.to_config(), where))
         return dataclasses.replace(
             self,
-            model=model,
+            model=self.model.to(where),
             draws=verbs.move(self.draws, where),
             posterior=verbs.move(self.posterior, where),
             sample_stats=verbs.move(self.sample_stats, where),
@@ -332,5 +392,25 @@ class Fit:
         return rows.to(self.device, dtype)
 
 
+def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().contiguous() for name, value in tensors.items()}
+
+
 def load(path: str | PathLike[str], model: type[Model] | None = None) -> Fit:
-    raise NotImplementedError
+    """Load a fit that :meth:`Fit.save` wrote; its scores are equal bit by bit.
+
+    No code comes from the file. The model's class is found by its recorded name among the entry
+    points of the group ``bayesgen.models`` that installed packages declare. The fit refits with
+    the engine that made it where that is installed.
+
+    Args:
+        path: The folder.
+        model: The model's class, for models that no package declares.
+
+    Raises:
+        FileNotFoundError: There is no finished save in the folder.
+        ValueError: It is damaged, foreign, of a newer version, or of an unknown model.
+    """
+    from bayesgen.saving import read_fit
+
+    return read_fit(path, model)

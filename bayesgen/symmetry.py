@@ -3,7 +3,8 @@
 A mixture's likelihood does not change when its components are renumbered, so its draws must be
 aligned before R-hat, effective sample sizes or means of single components say anything.
 Quantities that the group leaves alone (:meth:`~bayesgen.capabilities.Symmetric.invariants`) need
-no alignment and are reported beside."""
+no alignment and are reported beside.
+"""
 
 from __future__ import annotations
 
@@ -176,8 +177,8 @@ class LabelPermutation(Symmetry):
         missing = [site for site in self.axes if site not in draws]
         if missing:
             raise ValueError(
-                f"LabelPermutation acts on {sorted(self.axes)}, but the draws lack {missing}; they "
-                f"hold {sorted(draws)}."
+                f"LabelPermutation acts on {sorted(self.axes)}, but the draws lack {missing}; "
+                f"they hold {sorted(draws)}."
             )
         for site, axes in self.axes.items():
             event = draws[site].shape[2:]
@@ -185,8 +186,8 @@ class LabelPermutation(Symmetry):
                 inside = -len(event) <= axis < len(event)
                 if not inside or event[axis] != self.num_components:
                     raise ValueError(
-                        f"site '{site}' has event shape {tuple(event)}, but axis {axis} of it must "
-                        f"have size num_components={self.num_components}."
+                        f"site '{site}' has event shape {tuple(event)}, but axis {axis} of it "
+                        f"must have size num_components={self.num_components}."
                     )
 
     def _occupancy(self, flat: Tensors, responsibilities: Tensor | None) -> Tensor:

@@ -26,8 +26,9 @@ from bayesgen.symmetry import LabelPermutation
 
 if TYPE_CHECKING:
     from bayesgen.data import Dataset
+    from bayesgen.fit import Fit
 
-__all__ = ["UnitMixture"]
+__all__ = ["UnitMixture", "pretend"]
 
 
 @final
@@ -69,6 +70,9 @@ class UnitMixture(Model, Program, Scored, Generative, Encoder, Conditional, Symm
     # ------------------------------------------------------------ Model
     def bind(self, data: Dataset) -> Self:
         return type(self)(self.num_components, prior_scale=self.prior_scale, columns=data.columns)
+
+    def to(self, device: torch.device) -> Self:
+        return self  # it holds no tensors
 
     @property
     def is_bound(self) -> bool:
@@ -148,3 +152,42 @@ class UnitMixture(Model, Program, Scored, Generative, Encoder, Conditional, Symm
         weights = draws["weights"]
         mean = (weights[..., None] * draws["loc"]).sum(-2)
         return {"mean": mean, "num_occupied": (weights > 0.01).sum(-1).to(weights.dtype)}
+
+
+def pretend(
+    model: UnitMixture,
+    x: object,
+    *,
+    num_chains: int = 2,
+    num_draws: int = 100,
+    switch: bool = False,
+    seed: int = 0,
+) -> Fit:
+    """A fit whose draws scatter about k-means-like centres, labels switched at will: for tests.
+
+    With one component the draws are exact and independent draws of the posterior. Otherwise
+    centres are evenly spaced rows along the first column, and draws scatter about them as a
+    posterior would.
+    """
+    from bayesgen.data import as_dataset
+    from bayesgen.fit import Fit
+
+    data = as_dataset(x)
+    rows, bound, k = data.tensor(), model.bind(data), model.num_components
+    generator = rng.make_generator(seed)
+    n, shape = len(rows) / k, (num_chains, num_draws)
+    rows = rows.nan_to_num(0.0)
+    groups = rows[rows[:, 0].argsort()].tensor_split(k)
+    precision = n + model.prior_scale**-2
+    centre = torch.stack([part.sum(0) / (len(part) + model.prior_scale**-2) for part in groups])
+    noise = rng.standard_normal((*shape, k, rows.shape[1]), generator)
+    counts = torch.tensor([len(part) + 1.0 for part in groups], dtype=torch.float64)
+    draws = {
+        "weights": rng.log_dirichlet(counts.expand(*shape, k), generator).exp(),
+        "loc": centre + noise * precision**-0.5,
+    }
+    if switch:
+        order = torch.rand(*shape, k, generator=generator).argsort(-1)
+        draws = bound.symmetry.apply(draws, order)
+    attrs = {"engine": "pretend", "seed": seed, "num_rows": data.num_rows}
+    return Fit(bound, draws, data=data, attrs=attrs)

@@ -1,0 +1,216 @@
+"""What a fit says about itself: the table, the verdict, and both in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bayesgen.arviz_groups import convert, summarise
+from bayesgen.diagnostics import invariants
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from bayesgen.fit import Fit
+
+__all__ = ["Summary"]
+
+_MIN_DRAWS = 4
+_MAX_ENTRIES = 5_000  # rows of the table: ArviZ takes 2 ms for each
+_SHOWN = 24
+_R_HAT = 1.01
+_ESS = 100.0  # for each chain; of short chains a quarter of the draws
+
+
+class Summary:
+    """The posterior's table, and whether it can be trusted; ``str`` and ``print`` tell.
+
+    R-hat and effective sample sizes are ArviZ's, of aligned draws and of the label-invariant
+    quantities; empty components are exchangeable and take no part in the verdict.
+
+    Args:
+        fit: The fit.
+
+    Example:
+        >>> from bayesgen.toys import UnitMixture, pretend
+        >>> summary = pretend(UnitMixture(2), [[0.0], [0.1], [5.0], [5.1]]).summary()
+        >>> sorted(round(summary.table.loc[f"loc[{k}, x0]", "mean"]) for k in (0, 1))
+        [0, 5]
+    """
+
+    def __init__(self, fit: Fit) -> None:
+        self.fit = fit
+
+    # ------------------------------------------------------------ numbers
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """ArviZ's summary of every entry: mean, sd, interval, ``ess_bulk``, ``r_hat``, ...
+
+        Label-invariant quantities come first. Sites that would make it longer than 5,000 rows are
+        left out; see :attr:`left_out`.
+        """
+        return self._summarise(self._chosen)
+
+    @property
+    def invariants(self) -> pd.DataFrame:
+        """The rows of :attr:`table` that relabelling leaves alone."""
+        return self.table.loc[self._names(invariants(self.fit))]
+
+    @cached_property
+    def raw(self) -> pd.DataFrame:
+        """The table of the draws as the engine left them, labels not aligned."""
+        chosen = {k: v for k, v in self.fit.draws.items() if k in self._chosen}
+        return self._summarise(chosen)
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Sites too large for the table."""
+        return tuple(name for name in self.fit.aligned.draws if name not in self._chosen)
+
+    @cached_property
+    def _chosen(self) -> dict[str, Tensor]:
+        chosen, total = {}, 0
+        for name, value in {**invariants(self.fit), **self.fit.aligned.draws}.items():
+            total += value[0, 0].numel()
+            if total <= _MAX_ENTRIES:
+                chosen[name] = value
+        return chosen
+
+    # ------------------------------------------------------------ verdict
+    @cached_property
+    def problems(self) -> tuple[str, ...]:
+        """What speaks against trusting this posterior; empty when nothing does."""
+        fit, found = self.fit, []
+        if fit.attrs.get("converged") is False:
+            found.append("the engine stopped before it converged")
+        if fit.num_draws >= _MIN_DRAWS:
+            judged = self.table.loc[self._judged()]
+            found += self._mixing(judged)
+        if fit.aligned.is_ambiguous:
+            found.append(fit.aligned.message)
+        return tuple(found)
+
+    @property
+    def is_converged(self) -> bool:
+        """Whether the engine converged and the chains mixed; ambiguous labels do not count."""
+        return not any(p for p in self.problems if p != self.fit.aligned.message)
+
+    def _mixing(self, judged: pd.DataFrame) -> list[str]:
+        found = []
+        r_hat, ess = judged["r_hat"].astype(float), judged["ess_bulk"].astype(float)
+        wanted = min(_ESS, self.fit.num_draws / 4) * self.fit.num_chains
+        limit = max(_R_HAT, 1.0 + 5.0 / self.fit.num_draws)  # noise of short chains
+        worst = r_hat.idxmax() if r_hat.notna().any() else None
+        if worst is not None and r_hat[worst] > limit:
+            count = int((r_hat > limit).sum())
+            found.append(
+                f"R-hat is {r_hat[worst]:.3g} for {worst}, above {limit:.3g} for {count} entries"
+            )
+        least = ess.idxmin() if ess.notna().any() else None
+        if least is not None and ess[least] < wanted:
+            found.append(f"the effective sample size is only {ess[least]:.0f} for {least}")
+        return found
+
+    def _judged(self) -> list[str]:
+        """Names of the entries that bear on the verdict: all but those of empty components.
+
+        When labels are ambiguous only the invariants are judged, if the model states any.
+        """
+        fixed = self._names(invariants(self.fit))
+        if self.fit.aligned.is_ambiguous and fixed:
+            return fixed
+        empty = set(self.fit.aligned.empty)
+        names = []
+        for name, value in self._chosen.items():
+            labels = self._labels(name, value)
+            dims = self.fit.model.dims.get(name, ())
+            axis = dims.index("component") if "component" in dims else None
+            keep = [
+                axis is None or index[axis] not in empty for index in np.ndindex(*value.shape[2:])
+            ]
+            names += [label for label, kept in zip(labels, keep, strict=True) if kept]
+        return names
+
+    # ------------------------------------------------------------ words
+    def __str__(self) -> str:
+        fit = self.fit
+        lines = [str(fit.model), "", self._run(), f"{fit.num_chains} x {fit.num_draws} draws"]
+        lines += [f"converged: {'yes' if self.is_converged else 'NO'}"]
+        lines += [f"  ! {problem}" for problem in self.problems]
+        lines += [f"  . {message}" for message in fit.attrs.get("messages", [])]
+        if fit.aligned.elements is not None and not fit.aligned.is_ambiguous:
+            lines.append(fit.aligned.message)
+        return "\n".join([*lines, "", self._shown()])
+
+    __repr__ = __str__
+
+    def _run(self) -> str:
+        attrs = self.fit.attrs
+        settings = attrs.get("settings")
+        inside = ""
+        if isinstance(settings, Mapping):
+            inside = ", ".join(f"{k}={v}" for k, v in settings.items() if v is not None)
+        columns = self.fit.columns
+        names = ", ".join(columns[:6]) + (", ..." if len(columns) > 6 else "")
+        rows = attrs.get("num_rows", "?" if self.fit.data is None else self.fit.data.num_rows)
+        seconds = f" in {attrs['seconds']:.2g} s" if "seconds" in attrs else ""
+        engine = attrs.get("engine", "an unnamed engine")
+        size = f"{rows} rows x {len(columns)} columns ({names})"
+        return f"fitted by {engine}({inside}) to {size}{seconds}"
+
+    def _shown(self) -> str:
+        judged = [name for name in self._judged() if name in self.table.index]
+        if self.fit.aligned.is_ambiguous:
+            judged = self._names(invariants(self.fit)) or judged
+        table = self.table.loc[judged[:_SHOWN]]
+        keep = [c for c in table.columns if not c.startswith("mcse")]
+        text = table[keep].to_string(float_format=lambda v: f"{v:.4g}")
+        more = len(self.table) - len(table)
+        return text + (f"\n... and {more} more rows in .table" if more else "")
+
+    # ------------------------------------------------------------ private
+    def _summarise(self, values: Mapping[str, Tensor]) -> pd.DataFrame:
+        if self.fit.num_draws < _MIN_DRAWS:
+            return self._points(values)
+        arrays: dict[str, NDArray[Any]] = {k: v.cpu().numpy() for k, v in values.items()}
+        data = convert(
+            {"posterior": arrays}, coords=self.fit.model.coords(), dims=self.fit.model.dims
+        )
+        table: pd.DataFrame = summarise(data)
+        table.index = [n for k, v in values.items() for n in self._labels(k, v)]
+        return table
+
+    def _points(self, values: Mapping[str, Tensor]) -> pd.DataFrame:
+        """Too few draws for ArviZ: the mean alone, the other columns empty."""
+        import pandas as pd
+
+        names = [n for k, v in values.items() for n in self._labels(k, v)]
+        means = [float(m) for v in values.values() for m in v.double().mean((0, 1)).flatten()]
+        table = pd.DataFrame({"mean": means}, index=names)
+        for column in ("sd", "ess_bulk", "ess_tail", "r_hat"):
+            table[column] = math.nan
+        return table
+
+    def _names(self, values: Mapping[str, Tensor]) -> list[str]:
+        return [n for k, v in values.items() if k in self._chosen for n in self._labels(k, v)]
+
+    def _labels(self, name: str, value: Tensor) -> list[str]:
+        """ArviZ's names of the entries of one variable, in its order."""
+        shape = tuple(value.shape[2:])
+        if not shape:
+            return [name]
+        coords, dims = self.fit.model.coords(), self.fit.model.dims.get(name, ())
+        labels = [
+            list(coords[dim]) if dim in coords else list(range(size))
+            for dim, size in zip(dims or [""] * len(shape), shape, strict=True)
+        ]
+        return [
+            f"{name}[{', '.join(str(labels[a][i]) for a, i in enumerate(index))}]"
+            for index in np.ndindex(*shape)
+        ]
