@@ -26,7 +26,7 @@ class ObservedForm(NamedTuple):
     """Squared Mahalanobis distance of the observed entries."""
     half_log_det: Tensor
     """Half the log determinant of the observed block of the scale matrix."""
-    count: Tensor
+    size: Tensor
     """Number of observed entries."""
 
 

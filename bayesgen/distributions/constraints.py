@@ -10,7 +10,6 @@ exactly the :math:`d(d+1)/2` free numbers.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -62,17 +61,18 @@ loc_cholesky = _LocCholesky()
 loc_variance = _LocVariance()
 
 
-@lru_cache(maxsize=64)
-def _positions(dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where each entry of a ``(d, d)`` lower triangle, read row by row, lies in the flat vector.
+# The indices are built anew at each call: if kept, they could be the fake tensors of a tracer.
+def _gather_index(dim: int, device: torch.device) -> Tensor:
+    """For each entry of a matrix, where the flat lower triangle holds it; 0 above the diagonal."""
+    order = torch.arange(dim, device=device)
+    rows = order * (order + 1) // 2
+    return (rows.unsqueeze(-1) + order).tril().flatten()
 
-    Returns the gather index of the full matrix (upper entries point at 0, and are masked), and the
-    indices of the lower triangle in the flattened matrix.
-    """
+
+def _lower_index(dim: int, device: torch.device) -> Tensor:
+    """Where the entries of the lower triangle lie in the flattened matrix, row by row."""
     rows, columns = torch.tril_indices(dim, dim, device=device)
-    gather = torch.zeros(dim * dim, dtype=torch.long, device=device)
-    gather[rows * dim + columns] = torch.arange(len(rows), device=device)
-    return gather, rows * dim + columns
+    return rows * dim + columns
 
 
 def _triangular_root(length: int) -> int:
@@ -94,12 +94,12 @@ def _triangle(dim: int, columns: int) -> int:
 def _fill(flat: Tensor) -> Tensor:
     """Lower triangular matrix from its flat entries: gathers, so that vmap and tracing work."""
     dim = _triangular_root(flat.shape[-1])
-    gather, _ = _positions(dim, flat.device)
+    gather = _gather_index(dim, flat.device)
     return flat.index_select(-1, gather).unflatten(-1, (dim, dim)).tril()
 
 
 def _flatten(matrix: Tensor) -> Tensor:
-    _, lower = _positions(matrix.shape[-1], matrix.device)
+    lower = _lower_index(matrix.shape[-1], matrix.device)
     return matrix.flatten(-2).index_select(-1, lower)
 
 

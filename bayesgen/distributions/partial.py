@@ -73,11 +73,11 @@ def check_columns(owner: str, columns: Tensor | list[int], dim: int) -> Tensor:
 
 def student_t_log_prob(form: ObservedForm, df: Tensor) -> Tensor:
     """Log density of a multivariate Student-t over the observed entries."""
-    total = 0.5 * (df + form.count)
+    total = 0.5 * (df + form.size)
     return (
         torch.lgamma(total)
         - torch.lgamma(0.5 * df)
-        - 0.5 * form.count * (df.log() + math.log(math.pi))
+        - 0.5 * form.size * (df.log() + math.log(math.pi))
         - form.half_log_det
         - total * torch.log1p(form.square / df)
     )
@@ -118,7 +118,7 @@ class PartialMultivariateNormal(MultivariateNormal):
         if self._validate_args:
             self._validate_sample(value)
         form = observed_form(value, self.loc, self._unbroadcasted_scale_tril)
-        return -0.5 * (form.square + form.count * math.log(2.0 * math.pi)) - form.half_log_det
+        return -0.5 * (form.square + form.size * math.log(2.0 * math.pi)) - form.half_log_det
 
     def marginal(self, columns: Tensor | list[int]) -> PartialMultivariateNormal:
         """The distribution of some columns, in that order, by number or boolean mask."""

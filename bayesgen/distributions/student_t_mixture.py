@@ -43,8 +43,8 @@ class StudentTMixture(TorchDistribution):
         Peel and McLachlan (2000). Robust mixture modelling using the t distribution.
 
     Args:
-        weights: Weights of the components, ``(..., K)``, rescaled to sum to one; None if ``logits``
-            is given.
+        weights: Weights of the components, ``(..., K)``, rescaled to sum to one; None if
+            ``logits`` is given.
         df: Degrees of freedom, ``(..., K)`` or a number.
         loc: Locations, ``(..., K, d)``.
         scale_tril: Lower Cholesky factors of the scale matrices, ``(..., K, d, d)``.
@@ -100,6 +100,7 @@ class StudentTMixture(TorchDistribution):
                     f"{owner}: weights must be finite and not negative, and not all of them zero."
                 )
             logits = weights.log()
+        assert logits is not None
         logits = as_parameter(logits, scale_tril)
         if validate:
             check_cholesky(owner, "scale_tril", scale_tril)
