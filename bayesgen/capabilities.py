@@ -1,0 +1,249 @@
+"""What a model can do: the small contracts that engines and verbs ask for.
+
+An engine never asks what a model *is*; it asks for a capability with :func:`require`, which raises a
+``TypeError`` naming the missing one. Every class below is abstract; every model is final.
+
+Shapes: data ``(n, d)`` (or ``(n, channels, height, width)``); draws are mappings from site name to a
+tensor ``(*draw, *event)``, where ``*draw`` is usually ``(chain, draw)``; log densities are in nats.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributions import Distribution
+
+    from bayesgen.conjugate import Block, Local
+    from bayesgen.data import Dataset
+    from bayesgen.symmetry import Symmetry
+
+__all__ = [
+    "Conditional",
+    "Conjugate",
+    "Encoder",
+    "Generative",
+    "Model",
+    "Program",
+    "Scored",
+    "Symmetric",
+    "Tensors",
+    "require",
+]
+
+Tensors = Mapping[str, Tensor]
+"""Named tensors: draws, parameters, statistics, the hyperparameters of a posterior."""
+
+
+class Model(ABC):
+    """What every model is: a description that can be bound to data, and saved."""
+
+    @abstractmethod
+    def bind(self, data: Dataset) -> Self:
+        """Return a copy that knows the columns of ``data`` and whose default priors are scaled to it.
+
+        Binding a bound model again starts from the unbound description. A prior that does not fit
+        the data's width raises ``ValueError``.
+        """
+
+    @abstractmethod
+    def to(self, device: torch.device) -> Self:
+        """A copy of the bound model on another device."""
+
+    @property
+    @abstractmethod
+    def is_bound(self) -> bool:
+        """Whether :meth:`bind` has been called: verbs on data need it."""
+
+    @property
+    @abstractmethod
+    def dims(self) -> Mapping[str, tuple[str, ...]]:
+        """Names of the event dimensions of each site: ``{"loc": ("component", "column")}``."""
+
+    @abstractmethod
+    def coords(self) -> Mapping[str, list[Any]]:
+        """Labels along each named dimension, such as the names of the data's columns."""
+
+    @abstractmethod
+    def to_config(self) -> dict[str, Any]:
+        """The bound model as nested dicts of JSON values and tensors, read by :meth:`from_config`."""
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """The inverse of :meth:`to_config`; runs no code that the file names."""
+
+
+class Program(ABC):
+    """A Pyro program whose data sit inside ``plate("data", n, subsample=...)``."""
+
+    @abstractmethod
+    def model(self, batch: Tensor | None, *, num_rows: int | None = None) -> None:
+        """The Pyro program; ``batch`` is ``(b, d)``, ``num_rows`` the size of the whole data set."""
+
+
+class Scored(ABC):
+    """A normalised log density of new data."""
+
+    @abstractmethod
+    def log_prob(self, x: Tensor, draws: Tensors) -> Tensor:
+        """``log p(x_i | draw)`` with local latents integrated out: ``(*draw, n)``, in nats.
+
+        ``NaN`` entries of ``x`` are integrated out exactly where the model can.
+        """
+
+
+class Generative(ABC):
+    """New data from the model."""
+
+    @abstractmethod
+    def sample(self, draws: Tensors, *, generator: torch.Generator) -> Tensor:
+        """One new row for each of the ``m`` parameter draws ``(m, *event)``: ``(m, d)``."""
+
+
+class Encoder(ABC):
+    """Inference of the local latents of new data."""
+
+    @abstractmethod
+    def encode(self, x: Tensor, draws: Tensors) -> Distribution:
+        """The distribution of each row's latent, batch shape ``(*draw, n)``."""
+
+
+class Conditional(ABC):
+    """The distribution of some columns given the others."""
+
+    @abstractmethod
+    def condition(self, x: Tensor, observed: Tensor, draws: Tensors) -> Distribution:
+        """``p(x[~observed] | x[observed], draw)``: batch ``(*draw, n)``, event ``(d_missing,)``.
+
+        ``observed`` is one boolean mask ``(d,)`` for all rows of ``x`` ``(n, d)``; entries of ``x``
+        outside the mask are not read.
+        """
+
+
+class Symmetric(ABC):
+    """A model whose posterior is unchanged by a group of transformations."""
+
+    @property
+    @abstractmethod
+    def symmetry(self) -> Symmetry:
+        """The group and the sites it acts on."""
+
+    @abstractmethod
+    def invariants(self, draws: Tensors) -> Tensors:
+        """Quantities that the group leaves alone, each ``(*draw, ...)``."""
+
+
+class Conjugate(ABC):
+    """A model made of conjugate blocks: one description serves EM, variational Bayes and Gibbs.
+
+    The engines alternate a *local* step (latents of each row given a message about the parameters)
+    and a *global* one (each :class:`~bayesgen.conjugate.Block` turns the summed statistics into its
+    mode, a draw, or expectations). Everything carries leading batch dimensions (chains, starts).
+    """
+
+    @property
+    @abstractmethod
+    def blocks(self) -> Mapping[str, Block]:
+        """The conjugate blocks, by name."""
+
+    @property
+    @abstractmethod
+    def row_size(self) -> int:
+        """Numbers that one row costs in :meth:`local`, per leading batch: engines size chunks by it."""
+
+    @abstractmethod
+    def observe(self, x: Tensor, dtype: torch.dtype = torch.float64) -> Any:
+        """Everything about a batch ``(b, d)`` that does not depend on parameters, computed once.
+
+        ``x`` comes in float64 and is centred there; features are then kept in ``dtype``.
+        """
+
+    @abstractmethod
+    def local(
+        self,
+        observed: Any,
+        messages: Mapping[str, Tensors],
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Local:
+        """Local step: statistics of the batch, and its contribution to the bound.
+
+        Without ``generator`` latents are replaced by expectations (EM, variational Bayes), with it
+        they are drawn (Gibbs).
+        """
+
+    @abstractmethod
+    def inner(self, messages: Mapping[str, Tensors], statistics: Mapping[str, Tensors]) -> Tensor:
+        """Expected complete-data log density carried by the statistics, ``(...)``: linear in them.
+
+        The bound of a batch is this plus the entropy of its latents, which is how memoised passes keep
+        an exact bound without visiting every batch.
+        """
+
+    @abstractmethod
+    def assigned(
+        self, observed: Any, responsibilities: Tensor
+    ) -> Mapping[str, Mapping[str, Tensor]]:
+        """Statistics of a batch under given responsibilities ``(..., K, b)``, by block."""
+
+    @abstractmethod
+    def embed(self, x: Tensor) -> Tensor:
+        """Rows as complete points ``(b, e)`` on one scale: distances there guide starts and splits."""
+
+    @abstractmethod
+    def start(
+        self, x: Tensor, *, num_batch: int, generator: torch.Generator
+    ) -> Mapping[str, Tensors]:
+        """Statistics of ``num_batch`` random starting assignments of the rows of ``x``, by block."""
+
+    @abstractmethod
+    def export(self, values: Mapping[str, Tensors]) -> dict[str, Tensor]:
+        """The blocks' sites as draws in the data's units, under their public names."""
+
+    @abstractmethod
+    def occupancy(self, statistics: Mapping[str, Tensors]) -> Tensor:
+        """``(..., K)`` rows that each interchangeable component holds: what moves split and merge."""
+
+    @abstractmethod
+    def degenerate(self, values: Mapping[str, Tensors]) -> Tensor:
+        """``(...)`` whether a component has collapsed onto a point, which unbounded likelihoods invite."""
+
+    @abstractmethod
+    def collapsible(self, observed: Any) -> bool:
+        """Whether labels alone determine the statistics of a batch: no missing entry, no local scale."""
+
+    @abstractmethod
+    def log_predictive(self, x: Tensor, posterior: Mapping[str, Tensors]) -> Tensor | None:
+        """Exact posterior predictive ``(n,)`` under the blocks' posterior; None without closed form."""
+
+
+C = TypeVar("C")
+
+
+def require(model: object, capability: type[C], who: str) -> C:
+    """Return ``model`` seen as ``capability``, or raise a ``TypeError`` that names what is missing."""
+    if isinstance(model, capability):
+        return model
+    has = [c.__name__ for c in _ALL if isinstance(model, c)]
+    raise TypeError(
+        f"{who} needs a model with the capability {capability.__name__}, but "
+        f"{type(model).__name__} has {', '.join(has) if has else 'none of the capabilities'}. "
+        f"Implement bayesgen.capabilities.{capability.__name__}, or use another engine or verb."
+    )
+
+
+_ALL: tuple[type, ...] = (
+    Program,
+    Scored,
+    Generative,
+    Encoder,
+    Conditional,
+    Symmetric,
+    Conjugate,
+)

@@ -1,0 +1,339 @@
+"""Priors by site name: what may be given, and the conjugate ones that carry their own hyperpriors.
+
+A prior is a Pyro distribution, a callable that samples its own hyperparameters and returns one, or one
+of the descriptions below, which the conjugate engines (EM, variational Bayes, Gibbs) understand as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, constraints
+
+if TYPE_CHECKING:
+    from bayesgen.prior_design import PriorExploration
+
+__all__ = [
+    "GammaDirichlet",
+    "HierarchicalNormalInverseWishart",
+    "Prior",
+    "StickBreaking",
+    "SymmetricDirichlet",
+    "check_prior",
+    "describe",
+    "explore",
+    "prior_from_config",
+    "prior_to_config",
+    "solve_concentration",
+]
+
+
+def _check_positive(owner: str, **values: float | None) -> None:
+    for name, value in values.items():
+        if value is not None and not (float(value) > 0.0 and float(value) < float("inf")):
+            raise ValueError(
+                f"{owner}: {name}={value!r}, but it must be a positive finite number."
+            )
+
+
+@dataclass(frozen=True)
+class SymmetricDirichlet:
+    r"""Weights ``~ Dirichlet(concentration, ..., concentration)``.
+
+    Well below 1 the prior is sparse: superfluous components stay empty, and the data choose how many
+    live (a sparse finite mixture).
+
+    References:
+        Malsiner-Walli, Frühwirth-Schnatter & Grün (2016). Model-based clustering based on sparse finite
+        Gaussian mixtures.
+
+    Args:
+        concentration: Concentration of each component, positive.
+    """
+
+    concentration: float
+
+    def __post_init__(self) -> None:
+        _check_positive("SymmetricDirichlet", concentration=self.concentration)
+
+
+@dataclass(frozen=True)
+class GammaDirichlet:
+    r"""Symmetric Dirichlet whose common concentration is learned.
+
+    .. math:: e \sim \mathrm{Gamma}(\text{shape}, \text{rate}), \quad w \mid e \sim \mathrm{Dirichlet}(e, \dots, e)
+
+    References:
+        Frühwirth-Schnatter & Malsiner-Walli (2019). From here to infinity: sparse finite versus Dirichlet
+        process mixtures in model-based clustering.
+
+    Args:
+        shape: Shape of the Gamma hyperprior, positive.
+        rate: Rate of the Gamma hyperprior, positive; the prior mean of each concentration is shape / rate.
+    """
+
+    shape: float
+    rate: float
+
+    def __post_init__(self) -> None:
+        _check_positive("GammaDirichlet", shape=self.shape, rate=self.rate)
+
+
+@dataclass(frozen=True)
+class StickBreaking:
+    r"""Dirichlet process weights, truncated at the number of components.
+
+    .. math:: v_k \sim \mathrm{Beta}(1, \alpha), \quad w_k = v_k \prod_{j<k} (1 - v_j), \quad v_K = 1
+
+    Either a fixed ``concentration`` or a Gamma hyperprior on it by ``shape`` and ``rate``.
+
+    References:
+        Ishwaran & James (2001). Gibbs sampling methods for stick-breaking priors.
+        Blei & Jordan (2006). Variational inference for Dirichlet process mixtures.
+
+    Args:
+        concentration: The process' concentration, positive; None when it is learned.
+        shape: Shape of its Gamma hyperprior, positive.
+        rate: Rate of its Gamma hyperprior, positive.
+    """
+
+    concentration: float | None = None
+    shape: float | None = None
+    rate: float | None = None
+
+    def __post_init__(self) -> None:
+        fixed, learned = self.concentration is not None, self.shape is not None
+        if fixed == learned or (self.shape is None) != (self.rate is None):
+            raise ValueError(
+                f"StickBreaking needs either concentration or both shape and rate, got {self}. "
+                "Write StickBreaking(1.0) or StickBreaking(shape=2.0, rate=2.0)."
+            )
+        _check_positive(
+            "StickBreaking", concentration=self.concentration, shape=self.shape, rate=self.rate
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class HierarchicalNormalInverseWishart:
+    r"""Normal-inverse-Wishart whose scale matrix is learned, one variance scale a column.
+
+    .. math::
+        s_j \sim \mathrm{Gamma}(\text{shape}, \text{rate}_j), \quad
+        \Sigma_k \mid s \sim \mathrm{IW}(\text{df}, \mathrm{diag}(s)), \quad
+        \mu_k \mid \Sigma_k \sim \mathrm{N}(\text{loc}, \Sigma_k / \text{mean\_precision})
+
+    It frees the size of the clusters from a guess: the components teach each other their scale.
+
+    References:
+        Richardson & Green (1997). On Bayesian analysis of mixtures with an unknown number of components.
+
+    Args:
+        loc: Prior mean of the component means, ``(d,)`` in the data's units.
+        mean_precision: How many observations the prior mean is worth, positive.
+        df: Degrees of freedom, above ``d - 1``.
+        shape: Shape of the Gamma hyperprior, positive.
+        rate: Rates of the Gamma hyperprior, ``(d,)``, in 1 / squared units of the data.
+    """
+
+    loc: Tensor
+    mean_precision: float
+    df: float
+    shape: float
+    rate: Tensor
+
+    def __post_init__(self) -> None:
+        name = "HierarchicalNormalInverseWishart"
+        _check_positive(name, mean_precision=self.mean_precision, shape=self.shape)
+        if (
+            self.loc.ndim != 1
+            or self.rate.shape != self.loc.shape
+            or not bool((self.rate > 0).all())
+        ):
+            raise ValueError(
+                f"{name}: loc has shape {tuple(self.loc.shape)} and rate {tuple(self.rate.shape)}; both "
+                "must be (d,), and every rate positive."
+            )
+        if not self.df > self.loc.shape[0] - 1:
+            raise ValueError(
+                f"{name}: df={self.df}, but it must exceed d - 1 = {self.loc.shape[0] - 1}."
+            )
+
+
+Prior = (
+    Distribution
+    | Callable[[], Distribution]
+    | SymmetricDirichlet
+    | GammaDirichlet
+    | StickBreaking
+    | HierarchicalNormalInverseWishart
+)
+"""Anything that may stand behind a site name in ``priors={...}``."""
+
+
+def check_prior(
+    site: str,
+    prior: object,
+    *,
+    support: constraints.Constraint | None = None,
+    event_shape: tuple[int, ...] | None = None,
+    allowed: tuple[type, ...] = (),
+) -> None:
+    """Check a prior against the site it is for.
+
+    Args:
+        site: The site's name, for the message.
+        prior: What the user gave.
+        support: Support that a distribution must have; compared by its kind.
+        event_shape: Event shape that a distribution must have after broadcasting its batch shape.
+        allowed: Description classes of this module that the site understands.
+
+    Raises:
+        TypeError: Neither a distribution, nor a callable, nor one of ``allowed``.
+        ValueError: A distribution of another support or shape.
+    """
+    if isinstance(prior, allowed):
+        return
+    if not isinstance(prior, Distribution):
+        if callable(prior) and not isinstance(prior, type):
+            return
+        names = ", ".join(c.__name__ for c in allowed)
+        raise TypeError(
+            f"prior of site '{site}': got {type(prior).__name__}, but a prior is a Pyro distribution, a "
+            f"callable that returns one{', or one of ' + names if names else ''}."
+        )
+    if event_shape is not None:
+        shape = tuple(prior.batch_shape + prior.event_shape)
+        trailing = (
+            shape[len(shape) - len(event_shape) :] if len(shape) >= len(event_shape) else None
+        )
+        if trailing != event_shape:
+            raise ValueError(
+                f"prior of site '{site}': {type(prior).__name__} has shape {shape}, but the site needs a "
+                f"shape ending in {event_shape}. Use .expand({list(event_shape)}) or rebuild it."
+            )
+    if support is not None and not _same_support(prior.support, support):
+        raise ValueError(
+            f"prior of site '{site}': {type(prior).__name__} has support {prior.support}, but the site "
+            f"needs {support}."
+        )
+
+
+def _same_support(given: Any, wanted: Any) -> bool:
+    while isinstance(given, constraints.independent):
+        given = given.base_constraint
+    while isinstance(wanted, constraints.independent):
+        wanted = wanted.base_constraint
+    if wanted is constraints.positive and isinstance(given, type(constraints.greater_than(0.0))):
+        return float(torch.as_tensor(given.lower_bound).min()) >= 0.0
+    return type(given) is type(wanted)
+
+
+def describe(prior: object) -> str:
+    """A prior in one line, for summaries: its name and its arguments, long tensors by shape."""
+    if isinstance(prior, Distribution):
+        arguments: Mapping[str, Any] = {
+            name: getattr(prior, name)
+            for name in sorted(prior.arg_constraints)
+            if name in vars(prior)
+        }
+    elif isinstance(
+        prior,
+        SymmetricDirichlet | GammaDirichlet | StickBreaking | HierarchicalNormalInverseWishart,
+    ):
+        arguments = {f.name: getattr(prior, f.name) for f in fields(prior)}
+    else:
+        return f"callable {getattr(prior, '__qualname__', type(prior).__name__)}"
+    shown = ", ".join(f"{k}={_short(v)}" for k, v in arguments.items() if v is not None)
+    return f"{type(prior).__name__}({shown})"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Tensor):
+        if value.numel() > 1 and bool((value == value.flatten()[0]).all()):
+            return f"{float(value.flatten()[0]):.4g} x {tuple(value.shape)}"
+        if value.numel() > 4:
+            return f"tensor{tuple(value.shape)}"
+        return "[" + ", ".join(f"{v:.4g}" for v in value.flatten().tolist()) + "]"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+@dataclass(frozen=True)
+class Unsaved:
+    """Stands for a prior that a file cannot hold: a callable, or a distribution of unknown make."""
+
+    description: str
+
+    def __call__(self) -> Distribution:
+        raise TypeError(
+            f"the prior '{self.description}' was a Python object that is not saved with a fit. Scores, draws "
+            "and summaries need none; to fit again, build the model with its priors anew."
+        )
+
+
+_DESCRIPTIONS = (
+    SymmetricDirichlet,
+    GammaDirichlet,
+    StickBreaking,
+    HierarchicalNormalInverseWishart,
+)
+
+
+def prior_to_config(prior: object) -> dict[str, Any]:
+    """A prior as JSON values and tensors; a callable is kept by its description alone."""
+    if isinstance(prior, _DESCRIPTIONS):
+        arguments = {f.name: getattr(prior, f.name) for f in fields(prior)}
+        return {"prior": type(prior).__name__, "arguments": arguments}
+    if isinstance(prior, Distribution) and _distribution_class(type(prior).__name__) is type(
+        prior
+    ):
+        names = [name for name in prior.arg_constraints if name in vars(prior)]
+        given = {name: getattr(prior, name).clone() for name in names}
+        return {"distribution": type(prior).__name__, "arguments": given}
+    return {"unsaved": describe(prior)}
+
+
+def prior_from_config(config: Mapping[str, Any]) -> Any:
+    """The inverse of :func:`prior_to_config`; only names of priors and Pyro distributions are looked up."""
+    if "prior" in config:
+        known = {c.__name__: c for c in _DESCRIPTIONS}
+        if config["prior"] not in known:
+            raise ValueError(f"prior {config['prior']!r} is not known; known are {sorted(known)}.")
+        return known[config["prior"]](**config["arguments"])
+    if "distribution" in config:
+        found = _distribution_class(config["distribution"])
+        if found is None:
+            raise ValueError(
+                f"distribution {config['distribution']!r} is not one of Pyro's or bayesgen's."
+            )
+        return found(**config["arguments"])
+    return Unsaved(config["unsaved"])
+
+
+def _distribution_class(name: str) -> type[Distribution] | None:
+    import pyro.distributions
+
+    import bayesgen.distributions
+
+    for home in (bayesgen.distributions, pyro.distributions):
+        found = getattr(home, name, None)
+        if isinstance(found, type) and issubclass(found, Distribution):
+            return found
+    return None
+
+
+def explore(*arguments: Any, **settings: Any) -> PriorExploration:
+    """What a prior says before any data are fitted; see :func:`bayesgen.prior_design.explore`."""
+    from bayesgen import prior_design
+
+    return prior_design.explore(*arguments, **settings)
+
+
+def solve_concentration(*arguments: Any, **settings: Any) -> float:
+    """The concentration for a wanted number of clusters; see :mod:`bayesgen.prior_design`."""
+    from bayesgen import prior_design
+
+    return prior_design.solve_concentration(*arguments, **settings)

@@ -1,0 +1,24 @@
+"""Checks of engine settings: what was given, what is allowed."""
+
+from __future__ import annotations
+
+__all__ = ["check_choice", "check_settings"]
+
+
+def check_choice(owner: str, name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Refuse a value that is not one of ``allowed``."""
+    if value not in allowed:
+        raise ValueError(f"{owner}: {name}={value!r}, but it must be one of {', '.join(allowed)}.")
+
+
+def check_settings(owner: str, *, tolerance: float = 1.0, **counts: int | None) -> None:
+    """Refuse counts below 1 (None is allowed where it is the default) and a tolerance below 0."""
+    for name, value in counts.items():
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(
+                f"{owner}: {name}={value!r}, but it must be a whole number of at least 1."
+            )
+    if not 0.0 <= tolerance < float("inf"):
+        raise ValueError(f"{owner}: tolerance={tolerance!r}, but it must be a finite number >= 0.")

@@ -1,0 +1,199 @@
+"""Coordinate ascent on conjugate blocks: what EM and variational Bayes share.
+
+A :class:`Rule` says how statistics become parameters, messages and a penalty; the rest - full passes,
+memoised and stochastic minibatches, several starts in one batch - is the same for both.
+
+References:
+    Neal & Hinton (1998). A view of the EM algorithm that justifies incremental, sparse and other variants.
+    Hughes & Sudderth (2013). Memoized online variational inference for Dirichlet process mixture models.
+    Hoffman, Blei, Wang & Paisley (2013). Stochastic variational inference.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bayesgen.conjugate import Local, add_statistics
+
+if TYPE_CHECKING:
+    from bayesgen.capabilities import Conjugate, Tensors
+    from bayesgen.inference.source import Source
+
+__all__ = ["SCHEDULES", "Ascent", "Rule", "ascend", "begin", "check_schedule", "pick", "stack"]
+
+SCHEDULES = ("full", "memoised", "stochastic")
+
+Nested = dict[str, dict[str, Tensor]]
+
+
+class Rule(ABC):
+    """How an engine turns statistics into parameters."""
+
+    @abstractmethod
+    def solve(
+        self, model: Conjugate, statistics: Mapping[str, Tensors], previous: Nested | None
+    ) -> Nested:
+        """Parameters of every block given summed statistics."""
+
+    @abstractmethod
+    def messages(self, model: Conjugate, parameters: Nested) -> Nested:
+        """What the local step reads."""
+
+    @abstractmethod
+    def penalty(self, model: Conjugate, parameters: Nested) -> Tensor:
+        """What is added to the local bound to give the objective, ``(...)``."""
+
+
+class Ascent(NamedTuple):
+    """State of coordinate ascent."""
+
+    parameters: Nested
+    """By block; leading dimension: starts."""
+    statistics: Nested
+    """Statistics of the pass under these parameters."""
+    objective: Tensor
+    """``(starts,)`` ELBO or penalised log likelihood of these parameters, in nats."""
+    num_passes: int
+    memory: Nested | None
+    """Memoised statistics, with a leading dimension of batches."""
+    entropies: Tensor | None
+    """``(batches, starts)`` entropies of the memoised batches' latents."""
+
+
+def check_schedule(schedule: str, batch_size: int | None, owner: str) -> None:
+    """Refuse schedules that do not exist, and minibatches without a size."""
+    if schedule not in SCHEDULES:
+        raise ValueError(
+            f"{owner}: schedule={schedule!r}, but it must be one of {', '.join(SCHEDULES)}."
+        )
+    if schedule != "full" and batch_size is None:
+        raise ValueError(
+            f"{owner}: schedule={schedule!r} works on minibatches; give batch_size as well."
+        )
+
+
+def pick(nested: Mapping[str, Tensors], index: Tensor | int) -> Nested:
+    """Select along the leading dimension; an ``int`` keeps it, with size one."""
+    index = torch.tensor([index]) if isinstance(index, int) else index
+    return {
+        b: {k: v[index.to(v.device)] for k, v in values.items()} for b, values in nested.items()
+    }
+
+
+def stack(items: list[Nested]) -> Nested:
+    """Concatenate along the leading dimension."""
+    first = items[0]
+    return {
+        block: {k: torch.cat([item[block][k] for item in items]) for k in values}
+        for block, values in first.items()
+    }
+
+
+def _map(function: Callable[[Tensor], Tensor], nested: Mapping[str, Tensors]) -> Nested:
+    return {b: {k: function(v) for k, v in values.items()} for b, values in nested.items()}
+
+
+def begin(
+    rule: Rule, source: Source, num_starts: int, generator: torch.Generator, *, limit: int = 20_000
+) -> Ascent:
+    """Parameters of ``num_starts`` k-means++ starts, found on at most ``limit`` rows."""
+    rows = source.rows(limit, generator)
+    start = source.model.start(rows, num_batch=num_starts, generator=generator)
+    share = source.num_rows / len(rows)
+    return evaluate(
+        rule, source, rule.solve(source.model, _map(lambda s: s * share, start), None), 0
+    )
+
+
+def evaluate(rule: Rule, source: Source, parameters: Nested, num_passes: int) -> Ascent:
+    """One pass under given parameters: their statistics and objective."""
+    local = source.sweep(rule.messages(source.model, parameters))
+    objective = local.bound + rule.penalty(source.model, parameters)
+    return Ascent(parameters, _nested(local.statistics), objective, num_passes + 1, None, None)
+
+
+def _nested(statistics: Mapping[str, Tensors]) -> Nested:
+    return {block: dict(values) for block, values in statistics.items()}
+
+
+def ascend(rule: Rule, source: Source, state: Ascent, schedule: str = "full") -> Ascent:
+    """One step: a pass over all the data, whatever the schedule."""
+    if schedule == "memoised":
+        return _memoised(rule, source, state)
+    if schedule == "stochastic":
+        return _stochastic(rule, source, state)
+    parameters = rule.solve(source.model, state.statistics, state.parameters)
+    return evaluate(rule, source, parameters, state.num_passes)
+
+
+def _memoised(rule: Rule, source: Source, state: Ascent) -> Ascent:
+    """Every batch replaces its own old statistics at once, so the objective rises batch by batch."""
+    model, parameters, total = source.model, state.parameters, state.statistics
+    fresh = state.memory is None
+    memory: list[Nested] = []
+    entropies: list[Tensor] = []
+    if fresh:
+        # The first pass fills the memory under fixed parameters; totals then are sums of its parts.
+        total = None
+    for index, observed in enumerate(source):
+        messages = rule.messages(model, parameters)
+        local = model.local(observed, messages)
+        new = _nested(local.statistics)
+        memory.append(new)
+        entropies.append(local.bound - model.inner(messages, new))
+        if fresh:
+            total = add_statistics(total, new)
+            continue
+        assert state.memory is not None and total is not None
+        old = _map(lambda v, i=index: v[i], state.memory)
+        total = {b: {k: v + new[b][k] - old[b][k] for k, v in s.items()} for b, s in total.items()}
+        parameters = rule.solve(model, total, parameters)
+    assert total is not None
+    if not fresh:
+        # Differences of sums drift by rounding: each pass starts from the plain sum again.
+        total = {b: {k: sum(m[b][k] for m in memory) for k in s} for b, s in total.items()}  # type: ignore[misc]
+    parameters = rule.solve(model, total, parameters)
+    stacked = {
+        b: {k: torch.stack([m[b][k] for m in memory]) for k in s} for b, s in memory[0].items()
+    }
+    entropy = torch.stack(entropies)
+    messages = rule.messages(model, parameters)
+    objective = model.inner(messages, total) + entropy.sum(0) + rule.penalty(model, parameters)
+    return Ascent(parameters, total, objective, state.num_passes + 1, stacked, entropy)
+
+
+def _stochastic(rule: Rule, source: Source, state: Ascent) -> Ascent:
+    """Robbins-Monro steps on the statistics; the objective is the pass's running estimate."""
+    model, parameters, total = source.model, state.parameters, state.statistics
+    objective: Tensor | float = 0.0
+    rows = 0
+    for index, observed in enumerate(source):
+        local: Local = model.local(observed, rule.messages(model, parameters))
+        size = min(source.batch_size, source.num_rows - rows)
+        rows += size
+        scale = source.num_rows / size
+        rate = (2.0 + state.num_passes * source.num_batches + index) ** -0.7
+        total = {
+            b: {k: (1.0 - rate) * v + rate * scale * local.statistics[b][k] for k, v in s.items()}
+            for b, s in total.items()
+        }
+        objective = objective + local.bound
+        parameters = rule.solve(model, total, parameters)
+    assert isinstance(objective, Tensor)
+    objective = objective + rule.penalty(model, parameters)
+    return Ascent(parameters, total, objective, state.num_passes + 1, None, None)
+
+
+def final(rule: Rule, source: Source, state: Ascent) -> Ascent:
+    """The exact objective of the last parameters, whatever schedule found them."""
+    return evaluate(rule, source, state.parameters, state.num_passes)
+
+
+def memory_free(state: Ascent) -> dict[str, Any]:
+    """The state's fields without the memoised batches."""
+    return {**state._asdict(), "memory": None, "entropies": None}

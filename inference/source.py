@@ -1,0 +1,109 @@
+"""Passes over the data for conjugate models: chunked, cached when small, streamed when large."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bayesgen.conjugate import Local, add_statistics
+
+if TYPE_CHECKING:
+    from bayesgen.capabilities import Conjugate, Tensors
+    from bayesgen.data import Dataset
+
+__all__ = ["Source"]
+
+# Numbers of one chunk: a few megabytes, so that features stay in cache between the two products.
+_CHUNK = 2**19
+# Numbers of all features together up to which they are computed once and kept.
+_KEEP = 2**22
+
+
+class Source:
+    """The rows of a data set as batches that a model has observed.
+
+    Args:
+        model: A bound conjugate model.
+        data: The rows.
+        batch_size: Rows of a batch; None chooses chunks that fit the processor's cache.
+        num_batch: Leading batch dimension of the messages that passes will carry.
+        dtype: Precision of the features; statistics are merged in float64.
+        device: Where to compute.
+    """
+
+    def __init__(
+        self,
+        model: Conjugate,
+        data: Dataset,
+        *,
+        batch_size: int | None = None,
+        num_batch: int = 1,
+        dtype: torch.dtype = torch.float64,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.model, self.data, self.dtype, self.device = model, data, dtype, torch.device(device)
+        self.num_rows = data.num_rows
+        if batch_size is None:
+            batch_size = max(256, min(_CHUNK // (model.row_size + num_batch), self.num_rows))
+        self.batch_size = batch_size
+        self._keep = data.in_memory and self.num_rows * model.row_size <= _KEEP
+        self._rows: Tensor | None = None
+        if data.in_memory:
+            self._rows = data.tensor(torch.float64, self.device)
+        self._kept: list[Any] | None = None
+
+    @property
+    def num_batches(self) -> int:
+        """Batches of one pass."""
+        return -(-self.num_rows // self.batch_size)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Observed batches, always in the same order."""
+        if self._kept is not None:
+            yield from self._kept
+            return
+        kept = []
+        for rows in self._chunks():
+            observed = self.model.observe(rows, self.dtype)
+            if self._keep:
+                kept.append(observed)
+            yield observed
+        if self._keep:
+            self._kept = kept
+
+    def _chunks(self) -> Iterator[Tensor]:
+        if self._rows is None:
+            yield from self.data.batches(self.batch_size, device=self.device)
+        else:
+            yield from self._rows.split(self.batch_size)
+
+    def rows(self, limit: int, generator: torch.Generator) -> Tensor:
+        """At most ``limit`` rows ``(m, d)`` for starts and proposals: all, or a random sample."""
+        if self._rows is not None:
+            if self.num_rows <= limit:
+                return self._rows
+            order = torch.randperm(self.num_rows, generator=generator, device=generator.device)
+            return self._rows[order[:limit].to(self.device)]
+        parts = []
+        share = limit / self.num_rows
+        for batch in self.data.batches(self.batch_size, device=self.device):
+            keep = torch.rand(len(batch), generator=generator, device=generator.device) < share
+            parts.append(batch[keep.to(self.device)])
+        return torch.cat(parts)
+
+    def sweep(
+        self, messages: Mapping[str, Tensors], *, generator: torch.Generator | None = None
+    ) -> Local:
+        """One pass over all rows under fixed messages: summed statistics and bound."""
+        total: dict[str, dict[str, Tensor]] | None = None
+        bound: Tensor | None = None
+        for observed in self:
+            local = self.model.local(observed, messages, generator=generator)
+            total = add_statistics(total, local.statistics)
+            bound = local.bound if bound is None else bound + local.bound
+        if total is None or bound is None:
+            raise ValueError("the data have no rows.")
+        return Local(total, bound, {})

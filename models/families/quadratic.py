@@ -1,0 +1,304 @@
+"""Quadratic features of rows with holes: densities as one matrix product, statistics as its transpose.
+
+A Gaussian log density is linear in ``(1, x_i, x_i x_j)``. Rows are grouped by which columns are
+observed; within a group the missing columns are integrated out of the natural parameters, so a row with
+holes costs no solve of its own. The same algebra serves fixed parameters (EM, Gibbs) and expected ones
+(variational Bayes), whose exponential is an unnormalised Gaussian too.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Group",
+    "Quadratic",
+    "conditional_maps",
+    "features",
+    "group_rows",
+    "marginal_natural",
+    "moments",
+    "num_features",
+    "pack_natural",
+    "safe_cholesky",
+    "unpack_moments",
+    "unpack_natural",
+]
+
+
+class Group(NamedTuple):
+    """Rows that share a pattern of observed columns."""
+
+    rows: Tensor | None
+    """Row numbers ``(m,)``; None when the group is the whole batch."""
+    observed: Tensor
+    """Observed columns ``(p,)``, ascending."""
+    missing: Tensor
+    """Missing columns ``(d - p,)``, ascending."""
+    features: Tensor
+    """``(F_p, m)`` quadratic features of the observed columns."""
+
+
+class Quadratic(NamedTuple):
+    """A batch as groups of rows."""
+
+    groups: tuple[Group, ...]
+    num_rows: int
+    num_columns: int
+
+
+def num_features(p: int) -> int:
+    """Length of the feature vector of ``p`` columns."""
+    return 1 + p + p * (p + 1) // 2
+
+
+def features(x: Tensor) -> Tensor:
+    """``(n, p)`` to ``(F, n)``: ones, columns, products ``x_i x_j`` for ``i <= j``, row by row of i."""
+    columns = x.T.contiguous()
+    p, n = columns.shape
+    out = x.new_empty((num_features(p), n))
+    out[0] = 1.0
+    out[1 : 1 + p] = columns
+    offset = 1 + p
+    for i in range(p):
+        torch.mul(columns[i : i + 1], columns[i:], out=out[offset : offset + p - i])
+        offset += p - i
+    return out
+
+
+def group_rows(x: Tensor) -> Quadratic:
+    """Group the rows of ``(n, d)`` by their pattern of ``NaN`` and compute each group's features."""
+    n, d = x.shape
+    hole = torch.isnan(x)
+    every = torch.arange(d, device=x.device)
+    if not bool(hole.any()):
+        return Quadratic((Group(None, every, every[:0], features(x)),), n, d)
+    patterns, inverse = torch.unique(hole, dim=0, return_inverse=True)
+    groups = []
+    for index, pattern in enumerate(patterns):
+        rows = torch.nonzero(inverse == index).squeeze(-1)
+        observed, missing = every[~pattern], every[pattern]
+        groups.append(Group(rows, observed, missing, features(x[rows][:, observed])))
+    return Quadratic(tuple(groups), n, d)
+
+
+def _triangle(p: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    index = torch.triu_indices(p, p, device=device)
+    return index[0], index[1]
+
+
+def pack_natural(constant: Tensor, linear: Tensor, precision: Tensor) -> Tensor:
+    r"""Coefficients of the features for ``constant + linear' x - x' precision x / 2``: ``(..., F)``."""
+    p = linear.shape[-1]
+    i, j = _triangle(p, linear.device)
+    scale = torch.where(i == j, -0.5, -1.0).to(linear.dtype)
+    shape = torch.broadcast_shapes(constant.shape, linear.shape[:-1], precision.shape[:-2])
+    return torch.cat(
+        [
+            constant.expand(shape).unsqueeze(-1),
+            linear.expand(*shape, p),
+            (precision[..., i, j] * scale).expand(*shape, len(i)),
+        ],
+        dim=-1,
+    )
+
+
+def unpack_natural(natural: Tensor, p: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The inverse of :func:`pack_natural`: constant, linear, precision."""
+    i, j = _triangle(p, natural.device)
+    scale = torch.where(i == j, -2.0, -1.0).to(natural.dtype)
+    upper = natural[..., 1 + p :] * scale
+    precision = natural.new_zeros((*natural.shape[:-1], p, p))
+    precision[..., i, j] = upper
+    precision[..., j, i] = upper
+    return natural[..., 0], natural[..., 1 : 1 + p], precision
+
+
+def unpack_moments(packed: Tensor, p: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums ``(..., F)`` of features as weight ``(...)``, first ``(..., p)``, second ``(..., p, p)``."""
+    i, j = _triangle(p, packed.device)
+    second = packed.new_zeros((*packed.shape[:-1], p, p))
+    second[..., i, j] = packed[..., 1 + p :]
+    second[..., j, i] = packed[..., 1 + p :]
+    return packed[..., 0], packed[..., 1 : 1 + p], second
+
+
+def _pack_moments(weight: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    i, j = _triangle(first.shape[-1], first.device)
+    return torch.cat([weight.unsqueeze(-1), first, second[..., i, j]], dim=-1)
+
+
+def safe_cholesky(matrix: Tensor) -> Tensor:
+    """Cholesky factor with a relative jitter ladder 1e-8 ... 1e-4 for matrices singular by rounding.
+
+    Raises:
+        ValueError: The matrix is not positive definite even with a jitter of 1e-4 of its diagonal.
+    """
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if not bool(info.any()):
+        return factor
+    diagonal = torch.diagonal(matrix, dim1=-2, dim2=-1).abs().mean(-1).clamp_min(1e-300)
+    for jitter in (1e-8, 1e-7, 1e-6, 1e-5, 1e-4):
+        bump = torch.diag_embed((jitter * diagonal).unsqueeze(-1).expand(matrix.shape[:-1]))
+        retry, failed = torch.linalg.cholesky_ex(
+            torch.where((info > 0)[..., None, None], matrix + bump, matrix)
+        )
+        if not bool(failed.any()):
+            return retry
+    raise ValueError(
+        "a covariance matrix is not positive definite, even with a jitter of 1e-4 of its diagonal. Are "
+        "there infinite or huge values in the data? Rescale the columns to comparable units."
+    )
+
+
+class Maps(NamedTuple):
+    """Missing columns given observed ones: ``x_m = slope x_o + offset + noise``."""
+
+    slope: Tensor
+    """``(..., m, p)``."""
+    offset: Tensor
+    """``(..., m)``."""
+    factor: Tensor
+    """``(..., m, m)`` Cholesky factor of the missing block of the precision."""
+    covariance: Tensor
+    """``(..., m, m)``."""
+
+
+def conditional_maps(natural: Tensor, group: Group, d: int) -> Maps:
+    """Regression of a group's missing columns on its observed ones under natural parameters."""
+    _, linear, precision = unpack_natural(natural, d)
+    o, m = group.observed, group.missing
+    factor = safe_cholesky(precision[..., m[:, None], m])
+    slope = -torch.cholesky_solve(precision[..., m[:, None], o], factor)
+    offset = torch.cholesky_solve(linear[..., m].unsqueeze(-1), factor).squeeze(-1)
+    return Maps(slope, offset, factor, torch.cholesky_inverse(factor))
+
+
+def marginal_natural(
+    natural: Tensor, log_det: Tensor, group: Group, d: int
+) -> tuple[Tensor, Tensor]:
+    """Integrate a group's missing columns out of ``exp(natural' features) |precision|^(1/2)``.
+
+    Args:
+        natural: ``(..., F)`` packed natural parameters of all ``d`` columns.
+        log_det: ``(...)`` log determinant of the precision, or its expectation.
+        group: The group.
+        d: Number of columns.
+
+    Returns:
+        The natural parameters of the observed columns, and the log determinant that goes with them.
+    """
+    if len(group.missing) == 0:
+        return natural, log_det
+    constant, linear, precision = unpack_natural(natural, d)
+    o, m = group.observed, group.missing
+    maps = conditional_maps(natural, group, d)
+    cross = precision[..., o[:, None], m]
+    inner_log_det = 2.0 * torch.log(torch.diagonal(maps.factor, dim1=-2, dim2=-1)).sum(-1)
+    packed = pack_natural(
+        constant + 0.5 * (linear[..., m] * maps.offset).sum(-1),
+        linear[..., o] - (cross @ maps.offset.unsqueeze(-1)).squeeze(-1),
+        precision[..., o[:, None], o] + cross @ maps.slope,
+    )
+    return packed, log_det - inner_log_det
+
+
+def moments(
+    batch: Quadratic,
+    weights: Tensor,
+    counts: Tensor,
+    natural: Tensor | None,
+    *,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Weighted sums of the full feature vector, holes filled by the conditional: ``(..., K, F)``.
+
+    Args:
+        batch: The rows.
+        weights: ``(..., K, n)`` weights of the moments (responsibility times local precision scale).
+        counts: ``(..., K, n)`` responsibilities: the conditional covariance of a row is divided by its
+            local scale, so it enters with the responsibility alone.
+        natural: ``(..., K, F)`` message that fills the holes; None fills with zero, the centre.
+        generator: Draw the holes instead of averaging over them.
+    """
+    d = batch.num_columns
+    total: Tensor | None = None
+    for group in batch.groups:
+        w = weights if group.rows is None else weights[..., group.rows]
+        if len(group.missing) == 0:
+            part = (w @ group.features.T).double()
+        elif generator is not None and natural is not None:
+            c = counts[..., group.rows] if group.rows is not None else counts
+            part = _drawn_moments(group, w, c, natural, d, generator)
+        else:
+            c = counts[..., group.rows] if group.rows is not None else counts
+            part = _expected_moments(group, w, c, natural, d)
+        total = part if total is None else total + part
+    if total is None:
+        raise ValueError("a batch without rows has no statistics.")
+    return total
+
+
+def _expected_moments(
+    group: Group, weights: Tensor, counts: Tensor, natural: Tensor | None, d: int
+) -> Tensor:
+    o, m = group.observed, group.missing
+    weight, first, second = unpack_moments((weights @ group.features.T).double(), len(o))
+    full_first = first.new_zeros((*first.shape[:-1], d))
+    full_second = first.new_zeros((*first.shape[:-1], d, d))
+    full_first[..., o] = first
+    full_second[..., o[:, None], o] = second
+    if natural is not None:
+        maps = conditional_maps(natural.double(), group, d)
+        slope, offset = maps.slope, maps.offset
+        filled = (slope @ first.unsqueeze(-1)).squeeze(-1) + offset * weight.unsqueeze(-1)
+        cross = second @ slope.mT + first.unsqueeze(-1) * offset.unsqueeze(-2)
+        spread = maps.covariance * counts.double().sum(-1)[..., None, None]
+        full_first[..., m] = filled
+        full_second[..., o[:, None], m] = cross
+        full_second[..., m[:, None], o] = cross.mT
+        full_second[..., m[:, None], m] = (
+            slope @ cross + offset.unsqueeze(-1) * filled.unsqueeze(-2) + spread
+        )
+    return _pack_moments(weight, full_first, full_second)
+
+
+def _drawn_moments(
+    group: Group,
+    weights: Tensor,
+    labels: Tensor,
+    natural: Tensor,
+    d: int,
+    generator: torch.Generator,
+) -> Tensor:
+    """Moments with holes drawn given one-hot ``labels``; weights = labels times the local scale."""
+    o, m = group.observed, group.missing
+    maps = conditional_maps(natural.double(), group, d)
+    x = group.features[1 : 1 + len(o)].double()
+    hot = labels.double()
+    mean = torch.einsum("...kn,...kmp,pn->...mn", hot, maps.slope, x) if len(o) else 0.0
+    mean = mean + torch.einsum("...kn,...km->...mn", hot, maps.offset)
+    noise = torch.randn(
+        (*hot.shape[:-2], len(m), hot.shape[-1]),
+        generator=generator,
+        dtype=torch.float64,
+        device=x.device,
+    )
+    # covariance = (L L')^-1, so L^-T noise has it; the local scale divides it.
+    shaped = torch.einsum(
+        "...kn,...kmj,...jn->...mn", hot, torch.linalg.inv(maps.factor).mT, noise
+    )
+    scale = weights.double().sum(-2, keepdim=True)
+    drawn = mean + shaped / scale.sqrt()
+    full = x.new_empty((*hot.shape[:-2], d, hot.shape[-1]))
+    full[..., o, :] = x.expand(*hot.shape[:-2], len(o), hot.shape[-1])
+    full[..., m, :] = drawn
+    w = weights.double()
+    return _pack_moments(
+        w.sum(-1),
+        w @ full.mT,
+        torch.einsum("...kn,...in,...jn->...kij", w, full, full),
+    )
