@@ -261,13 +261,11 @@ def as_dataset(
 
     Args:
         x: Numbers as a numpy array, torch tensor or list of 1 (one column) or 2 dimensions; a
-        pandas,
-            polars or pyarrow table, a dict of columns, an xarray Dataset or DataArray; the path of
-            a ``.csv`` or ``.tsv`` file with a header, or of a ``.parquet`` or ``.npy`` file; a
-            Dataset. NaN, None, NA and masked entries are missing.
+            pandas, polars or pyarrow table, a dict of columns, an xarray Dataset or DataArray; the
+            path of a ``.csv`` or ``.tsv`` file with a header, or of a ``.parquet`` or ``.npy``
+            file; a Dataset. NaN, None, NA and masked entries are missing.
         schema: The schema that the data must have.
-        columns: Names for the columns of an array; or the columns of a table to keep, in this
-        order.
+        columns: Names for the columns of an array; or the columns of a table to keep, in order.
         kinds: Kinds to use instead of the learnt ones, by column, or one for all.
         allow_missing: Whether missing entries are allowed.
         in_memory: Whether a file is loaded (True) or streamed (False); by default files up to
@@ -294,29 +292,39 @@ def as_dataset(
     if isinstance(x, Dataset):
         if columns is None and kinds is None and schema in (None, x.schema):
             return _check_missing(x, allow_missing)
-        x = _as_raw(x)
-    source, stream = _open(x, schema, columns, kinds, in_memory)
-    if columns is not None:
-        source = SelectedSource(source, columns)
-    return _check_missing(_read(source, schema, kinds, stream), allow_missing)
+        data = _reread(x._rows, x.schema, schema, columns, kinds)
+    else:
+        source, stream = _open(x, schema, columns, kinds, in_memory)
+        data = _read(_select(source, columns), schema, kinds, stream)
+    return _check_missing(data, allow_missing)
 
 
-def _as_raw(data: Dataset) -> RawTable:
-    """Back to raw columns, to be held against another schema."""
-    schema = data.schema
-    if not data.in_memory:
-        raise ValueError(
-            "the Dataset streams from disk with another schema; pass the path again, together "
-            "with "
-            "schema, columns or kinds."
-        )
-    return RawTable(
-        schema.columns,
-        data.tensor(),
-        tuple(_TYPES[kind] for kind in schema.kinds),
-        schema.levels,
-        tuple(kind == "category" for kind in schema.kinds),
+def _select(source: Source, columns: Sequence[str] | None) -> Source:
+    return source if columns is None else SelectedSource(source, columns)
+
+
+def _reread(
+    rows: Rows,
+    old: Schema,
+    schema: Schema | None,
+    columns: Sequence[str] | None,
+    kinds: Mapping[str, Kind] | Kind | None,
+) -> Dataset:
+    """Hold the rows of a Dataset against another schema."""
+    if isinstance(rows, SubsetRows):
+        whole = _reread(rows.parent, old, schema, columns, kinds)
+        return Dataset(whole.schema, SubsetRows(whole._rows, rows.mask))
+    if isinstance(rows, FileRows):
+        return _read(_select(rows.source, columns), schema, kinds, stream=True)
+    assert isinstance(rows, MemoryRows)
+    raw = RawTable(
+        None if old.columns == default_names(len(old.columns)) else old.columns,
+        rows.values,
+        tuple(_TYPES[kind] for kind in old.kinds),
+        old.levels,
+        tuple(kind == "category" for kind in old.kinds),
     )
+    return _read(_select(MemorySource(raw), columns), schema, kinds, stream=False)
 
 
 _TYPES: Mapping[Kind, Type] = {
@@ -335,24 +343,20 @@ def _open(
     in_memory: bool | None,
 ) -> tuple[Source, bool]:
     """Where the rows come from, and whether to stream them."""
-    if isinstance(x, RawTable):
-        return MemorySource(x), False
     if isinstance(x, np.memmap):
-        return ArraySource(x), _streams(x.nbytes, in_memory)
+        array: np.ndarray[Any, Any] = x
+        return ArraySource(lambda: array), _streams(x.nbytes, in_memory)
     if not isinstance(x, (str, Path)):
         if in_memory is False:
             raise ValueError(
                 f"in_memory=False streams a file, but got {type(x).__name__}; write it to a "
-                f".parquet "
-                f"or .npy file and pass the path."
+                f".parquet or .npy file and pass the path."
             )
         return MemorySource(raw_table(x)), False
     path = Path(x).expanduser()
-    named = {} if kinds is None or isinstance(kinds, str) else kinds
-    text = {name for name, kind in named.items() if kind == "category"}
     if schema is not None:
-        text = {c for c, k in zip(schema.columns, schema.kinds, strict=True) if k == "category"}
-    source = open_source(path, columns, text)
+        kinds = dict(zip(schema.columns, schema.kinds, strict=True))
+    source = open_source(path, columns, kinds)
     return source, _streams(path.stat().st_size, in_memory)
 
 

@@ -106,21 +106,21 @@ class FileRows(Rows):
     """
 
     def __init__(self, source: Source, schema: Schema, chunk_rows: list[int]) -> None:
-        self._source, self._schema = source, schema
+        self.source, self._schema = source, schema
         self._starts = np.concatenate(([0], np.cumsum(chunk_rows))).tolist()
         self._stamp = source.stamp()
         self.num_rows = self._starts[-1]
 
     def pieces(self, generator: torch.Generator | None = None) -> Iterator[tuple[int, Tensor]]:
-        if self._source.stamp() != self._stamp:
+        if self.source.stamp() != self._stamp:
             raise ValueError(
                 "the file has changed since it was first read; call as_dataset again."
             )
-        num = self._source.num_chunks
+        num = self.source.num_chunks
         order = range(num) if generator is None else permutation(num, generator).tolist()
         for index in order:
             start = self._starts[index]
-            for raw in self._source.chunk(index):
+            for raw in self.source.chunk(index):
                 yield start, encode(raw, self._schema, start)
                 start += len(raw.values)
 

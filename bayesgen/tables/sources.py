@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bayesgen.schema import Kind
 from bayesgen.tables.convert import raw_table
 from bayesgen.tables.frames import from_arrow
-from bayesgen.tables.raw import RawTable, is_number, select
+from bayesgen.tables.raw import RawTable, is_number, select, shorten
 from bayesgen.tables.rows import BLOCK_BYTES, Source, rows_per_block
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ __all__ = [
     "SelectedSource",
     "open_source",
 ]
+
+Kinds = Mapping[str, Kind] | Kind
 
 
 def file_stamp(path: Path) -> tuple[int, int]:
@@ -83,13 +86,23 @@ class SelectedSource(Source):
             yield select(raw, self._columns)
 
 
+def _keep(names: Sequence[str], columns: Collection[str]) -> tuple[str, ...]:
+    """The columns of a file that are to be read."""
+    if absent := [name for name in columns if name not in names]:
+        raise ValueError(f"there is no column {shorten(absent)}; there are {shorten(names)}.")
+    return tuple(name for name in names if name in columns)
+
+
 class ArraySource(Source):
     """A numpy array on disk, mapped into memory: one chunk is one block of rows."""
 
-    def __init__(self, array: NDArray[Any], path: Path | None = None) -> None:
+    def __init__(self, load: Callable[[], NDArray[Any]], path: Path | None = None) -> None:
         self._path = path
-        self._array = array
-        self._num_columns = raw_table(np.array(array[:1])).values.shape[1]
+        # Mapped anew for each chunk: pages of a mapping that is kept count as memory in use.
+        self._load = load
+        array = load()
+        self._num_columns = raw_table(np.array(array[:1] if array.ndim else array)).values.shape[1]
+        self._num_rows = len(array)
         self._step = rows_per_block(max(1, self._num_columns))
 
     @property
@@ -102,13 +115,13 @@ class ArraySource(Source):
 
     @property
     def num_chunks(self) -> int:
-        return -(-len(self._array) // self._step)
+        return -(-self._num_rows // self._step)
 
     def stamp(self) -> tuple[int, int] | None:
         return None if self._path is None else file_stamp(self._path)
 
     def chunk(self, index: int) -> Iterator[RawTable]:
-        yield raw_table(np.array(self._array[index * self._step : (index + 1) * self._step]))
+        yield raw_table(np.array(self._load()[index * self._step : (index + 1) * self._step]))
 
 
 class ParquetSource(Source):
@@ -117,9 +130,12 @@ class ParquetSource(Source):
     def __init__(self, path: Path, columns: Collection[str] | None) -> None:
         self._path = path
         with self._open() as file:
+            index = (file.schema_arrow.pandas_metadata or {}).get("index_columns", ())
             names = tuple(file.schema_arrow.names)
             self._num_chunks = file.num_row_groups
-        self._names = names if columns is None else tuple(n for n in names if n in columns)
+        if columns is None:  # the row labels of a pandas frame are no data
+            columns = [name for name in names if name not in index]
+        self._names = _keep(names, columns)
         self._step = rows_per_block(max(1, len(self._names)))
 
     def _open(self) -> pq.ParquetFile:
@@ -158,14 +174,16 @@ class CsvSource(Source):
     """A CSV file with a header: one chunk is a range of bytes between two line ends."""
 
     def __init__(
-        self, path: Path, delimiter: str, columns: Collection[str] | None, text: Collection[str]
+        self, path: Path, delimiter: str, columns: Collection[str] | None, kinds: Kinds
     ) -> None:
         self._path, self._delimiter = path, delimiter
         self._edges = _record_edges(path)
         header = self._header()
         self._all = header
-        self._names = header if columns is None else tuple(n for n in header if n in columns)
-        self._text = [name for name in text if name in header]
+        self._names = header if columns is None else _keep(header, columns)
+        self._text = [
+            n for n in header if (kinds if isinstance(kinds, str) else kinds.get(n)) == "category"
+        ]
 
     def _header(self) -> tuple[str, ...]:
         with self._path.open("rb") as file:
@@ -265,8 +283,8 @@ def _record_edges(path: Path) -> list[int]:
     return edges
 
 
-def open_source(path: Path, columns: Collection[str] | None, text: Collection[str]) -> Source:
-    """Open a file by its suffix; columns in ``text`` are levels even if they look like numbers."""
+def open_source(path: Path, columns: Collection[str] | None, kinds: Kinds | None) -> Source:
+    """Open a file by its suffix; ``kinds`` names columns not to be read as numbers."""
     if not path.exists():
         raise FileNotFoundError(f"there is no file {str(path)!r}.")
     suffix = path.suffix.lower()
@@ -281,9 +299,11 @@ def open_source(path: Path, columns: Collection[str] | None, text: Collection[st
         )
     if suffix == ".npy":
         try:
-            return ArraySource(np.load(path, mmap_mode="r", allow_pickle=False), path)
+            return ArraySource(lambda: np.load(path, mmap_mode="r", allow_pickle=False), path)
         except (ValueError, EOFError) as error:
             raise ValueError(f"{path} cannot be read as an array of numbers: {error}") from error
     if suffix == ".parquet":
         return ParquetSource(path, columns)
-    return CsvSource(path, "\t" if suffix == ".tsv" else ",", columns, text)
+    return CsvSource(
+        path, "\t" if suffix == ".tsv" else ",", columns, {} if kinds is None else kinds
+    )
