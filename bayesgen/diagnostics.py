@@ -212,7 +212,9 @@ def _quantities(fit: Fit, rows: object) -> dict[str, tuple[float, float, float]]
 
 def _sorted_weights(fit: Fit) -> dict[str, Tensor]:
     symmetry = fit.model.symmetry if isinstance(fit.model, Symmetric) else None
-    if not isinstance(symmetry, LabelPermutation) or symmetry.weights not in fit.draws:
+    if not isinstance(symmetry, LabelPermutation) or symmetry.weights is None:
+        return {}
+    if symmetry.weights not in fit.draws:
         return {}
     weights = fit.draws[symmetry.weights].sort(-1, descending=True).values
     return {"sorted_weights": weights[..., weights.mean((0, 1)) > _OCCUPIED]}

@@ -106,15 +106,14 @@ class Summary:
         r_hat, ess = judged["r_hat"].astype(float), judged["ess_bulk"].astype(float)
         wanted = min(_ESS, self.fit.num_draws / 4) * self.fit.num_chains
         limit = max(_R_HAT, 1.0 + 5.0 / self.fit.num_draws)  # noise of short chains
-        worst = r_hat.idxmax() if r_hat.notna().any() else None
-        if worst is not None and r_hat[worst] > limit:
+        r_hat, ess = r_hat[r_hat.notna()], ess[ess.notna()]  # constant entries have none
+        if len(r_hat) and r_hat.max() > limit:
             count = int((r_hat > limit).sum())
             found.append(
-                f"R-hat is {r_hat[worst]:.3g} for {worst}, above {limit:.3g} for {count} entries"
+                f"R-hat is {r_hat.max():.3g} for {r_hat.idxmax()}, above {limit:.3g} for {count} entries"
             )
-        least = ess.idxmin() if ess.notna().any() else None
-        if least is not None and ess[least] < wanted:
-            found.append(f"the effective sample size is only {ess[least]:.0f} for {least}")
+        if len(ess) and ess.min() < wanted:
+            found.append(f"the effective sample size is only {ess.min():.0f} for {ess.idxmin()}")
         return found
 
     def _judged(self) -> list[str]:
