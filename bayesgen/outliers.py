@@ -42,6 +42,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -76,6 +77,10 @@ __all__ = [
 Method = Literal["given", "split", "cross", "model"]
 _SIMULATED_ROWS = 10_000
 _COMPARED_ROWS = 200_000  # training rows up to which new rows are searched among them
+
+# Refits are dear: those made on behalf of a fit live as long as the fit does.
+_MADE: WeakKeyDictionary[Fit, dict[tuple[float | None, int | None, int], Calibration]]
+_MADE = WeakKeyDictionary()
 
 _GUARANTEES: Mapping[str, str] = {
     "given": "exact (calibration rows that the fit has not seen)",
@@ -210,7 +215,7 @@ class Outliers:
     q_values: Tensor
     """``(m,)``: smallest false discovery rate at which the row is rejected."""
     scores: Tensor
-    """``(m,)`` log density by the scoring fits, in nats, of the observed entries; low = strange."""
+    """``(m,)`` log density of the observed entries by the scoring fits, nats; low = strange."""
     fdr: float
     """Wanted false discovery rate."""
     num_calibration: Tensor
@@ -343,7 +348,11 @@ def _calibration(
         return _unseen(_tensor(as_dataset(given, schema=fit.schema)).to(fit.device), "given")
     if isinstance(fit.calibration, Calibration):
         return fit.calibration
-    return calibrate(fit, fraction=fraction, folds=folds, seed=seed)
+    made = _MADE.setdefault(fit, {})
+    key = (fraction if folds is None else None, folds, seed)
+    if key not in made:
+        made[key] = calibrate(fit, fraction=fraction, folds=folds, seed=seed)
+    return made[key]
 
 
 def _unseen(rows: Tensor, method: Method) -> Calibration:

@@ -1,4 +1,4 @@
-"""Conformal outliers: uniform p-values, controlled false calls, and an overfit that breaks both."""
+"""Conformal outliers: uniform p-values, controlled false calls, an overfit that breaks both."""
 
 from __future__ import annotations
 
@@ -42,6 +42,9 @@ class Kernels(
 
     def coords(self):
         return {}
+
+    def to(self, device):
+        return self
 
     def to_config(self):
         return {"scale": self.scale}
@@ -368,6 +371,22 @@ def test_calibration_rows_are_never_scored_by_a_fit_that_saw_them():
         mine = set(map(tuple, used.rows[used.folds == fold].tolist()))
         assert not seen & mine
         assert len(seen) + len(mine) == 90
+
+
+def test_a_fit_is_refitted_once():
+    seen = []
+
+    def refit(data, seed):
+        seen.append(seed)
+        return gaussian_fit(data, seed)
+
+    fit = gaussian_fit(normals(100, 2, seed=0))
+    fit = Fit(fit.model, fit.draws, data=fit.data, refit=refit)
+    for _ in range(3):
+        outliers.outliers(fit, normals(5, 2, seed=1), fdr=0.3)
+    assert len(seen) == 1
+    outliers.outliers(fit, normals(5, 2, seed=1), fdr=0.3, folds=4)
+    assert len(seen) == 5
 
 
 def test_same_seed_same_split():
