@@ -211,6 +211,10 @@ class Conjugate(ABC):
         """``(..., K)`` rows that each interchangeable component holds: what moves split and merge."""
 
     @abstractmethod
+    def component_scores(self, observed: Any, message: Tensors) -> Tensor:
+        """``(..., J, b)`` scores of a batch under a message of any number ``J`` of components."""
+
+    @abstractmethod
     def degenerate(self, values: Mapping[str, Tensors]) -> Tensor:
         """``(...)`` whether a component has collapsed onto a point, which unbounded likelihoods invite."""
 

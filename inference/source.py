@@ -95,15 +95,25 @@ class Source:
         return torch.cat(parts)
 
     def sweep(
-        self, messages: Mapping[str, Tensors], *, generator: torch.Generator | None = None
+        self,
+        messages: Mapping[str, Tensors],
+        *,
+        generator: torch.Generator | None = None,
+        keep_labels: bool = False,
     ) -> Local:
-        """One pass over all rows under fixed messages: summed statistics and bound."""
+        """One pass over all rows under fixed messages: summed statistics and bound.
+
+        With ``keep_labels`` the drawn labels ``(..., n)`` come along as a latent.
+        """
         total: dict[str, dict[str, Tensor]] | None = None
         bound: Tensor | None = None
+        labels = []
         for observed in self:
             local = self.model.local(observed, messages, generator=generator)
             total = add_statistics(total, local.statistics)
             bound = local.bound if bound is None else bound + local.bound
+            if keep_labels:
+                labels.append(local.latents["labels"])
         if total is None or bound is None:
             raise ValueError("the data have no rows.")
-        return Local(total, bound, {})
+        return Local(total, bound, {"labels": torch.cat(labels, -1)} if keep_labels else {})

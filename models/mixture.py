@@ -244,6 +244,9 @@ class Mixture(Model, Program, Scored, Generative, Encoder, Conditional, Symmetri
     def observe(self, x: Tensor, dtype: torch.dtype = torch.float64) -> Any:
         return self.family.observe(x, dtype)
 
+    def component_scores(self, observed: Any, message: Tensors) -> Tensor:
+        return self.family.evaluate(observed, message).scores
+
     def degenerate(self, values: Mapping[str, Tensors]) -> Tensor:
         return self.family.collapsed(values["components"])
 

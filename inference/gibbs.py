@@ -1,0 +1,252 @@
+"""Gibbs sampling on conjugate blocks: many chains in one batched tensor program."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bayesgen.capabilities import Conjugate
+from bayesgen.inference.checks import check_settings
+from bayesgen.inference.coordinate import Nested
+from bayesgen.inference.run import Engine, Info, Task
+from bayesgen.inference.source import Source
+from bayesgen.inference.split_merge import split_merge
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from bayesgen.capabilities import Tensors
+
+__all__ = ["Gibbs"]
+
+_START_ROWS = 20_000
+
+
+class GibbsState(NamedTuple):
+    """State of all chains. The buffers of recorded draws are filled in place."""
+
+    values: Nested
+    """Sites of each block, ``(chains, *event)``."""
+    draws: Nested
+    """Recorded values, ``(chains, num_samples, *event)``."""
+    sample_stats: dict[str, Tensor]
+    """``(chains, num_samples)``."""
+    step: int
+    accepted: Tensor
+    """``(chains,)`` split-merge moves accepted so far."""
+
+
+class Work(NamedTuple):
+    """What a run rebuilds on resume."""
+
+    source: Source
+    observed: Any
+    """All rows, when split-merge moves are possible; else None."""
+    points: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Gibbs(Engine[GibbsState]):
+    r"""Gibbs sampling: latents given parameters, parameters given latents, and split-merge moves.
+
+    .. math:: z \sim p(z \mid x, \theta), \quad \theta \sim p(\theta \mid x, z)
+
+    All chains advance together as one batch of tensors. When labels alone determine the statistics (no
+    missing entries, no local scales) and the rows are in memory, each sweep also tries split-merge moves
+    with weights and parameters integrated out; a merge is what deletes a component. Rows that stream
+    from disk are passed over at flat memory: only parameters and statistics are kept.
+
+    References:
+        Diebolt & Robert (1994). Estimation of finite mixture distributions through Bayesian sampling.
+        Jain & Neal (2004). A split-merge Markov chain Monte Carlo procedure for the Dirichlet process
+        mixture model.
+
+    Args:
+        num_chains: Chains, started from different k-means++ assignments.
+        num_samples: Draws kept of each chain.
+        num_warmup: Sweeps before the first draw is kept.
+        thinning: Sweeps a draw.
+        num_moves: Split-merge attempts a sweep; 0 for none.
+        batch_size: Rows of a chunk; None chooses chunks that fit the processor's cache.
+        dtype: Precision of the products over rows; parameters are drawn in float64.
+        device: Where to compute.
+    """
+
+    num_chains: int = 4
+    num_samples: int = 1000
+    num_warmup: int = 500
+    thinning: int = 1
+    num_moves: int = 2
+    batch_size: int | None = None
+    dtype: torch.dtype = torch.float64
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        check_settings(
+            "Gibbs",
+            num_chains=self.num_chains,
+            num_samples=self.num_samples,
+            thinning=self.thinning,
+            batch_size=self.batch_size,
+        )
+        for name in ("num_warmup", "num_moves"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"Gibbs: {name}={value!r}, but it must be a whole number >= 0.")
+
+    @property
+    def capability(self) -> type:
+        return Conjugate
+
+    @property
+    def state_type(self) -> type[GibbsState]:
+        return GibbsState
+
+    @property
+    def max_steps(self) -> int:
+        """Sweeps of each chain."""
+        return self.num_warmup + self.num_samples * self.thinning
+
+    def prepare(self, task: Task) -> Work:
+        source = Source(
+            task.model,
+            task.data,
+            batch_size=self.batch_size,
+            num_batch=self.num_chains,
+            dtype=task.dtype,
+            device=task.device,
+        )
+        if not task.data.in_memory or self.num_moves == 0 or task.data.num_rows < 2:
+            return Work(source, None, None)
+        rows = task.data.tensor(torch.float64, task.device)
+        observed = task.model.observe(rows, task.dtype)
+        if not task.model.collapsible(observed):
+            return Work(source, None, None)
+        return Work(source, observed, task.model.embed(rows).to(task.dtype))
+
+    def init(self, task: Task, work: Work) -> GibbsState:
+        rows = work.source.rows(_START_ROWS, task.generator)
+        start = task.model.start(rows, num_batch=self.num_chains, generator=task.generator)
+        share = work.source.num_rows / len(rows)
+        values = self._draw(
+            task, {b: {k: share * v for k, v in s.items()} for b, s in start.items()}, None
+        )
+        return GibbsState(
+            values,
+            {b: {k: self._buffer(v) for k, v in s.items()} for b, s in values.items()},
+            {
+                name: self._buffer(
+                    torch.zeros(self.num_chains, dtype=torch.float64, device=task.device)
+                )
+                for name in ("lp", "log_likelihood", "num_occupied")
+            },
+            0,
+            torch.zeros(self.num_chains, dtype=torch.float64, device=task.device),
+        )
+
+    def _buffer(self, value: Tensor) -> Tensor:
+        shape = (value.shape[0], self.num_samples, *value.shape[1:])
+        return torch.zeros(shape, dtype=value.dtype, device=value.device)
+
+    def step(self, task: Task, work: Work, state: GibbsState) -> tuple[GibbsState, Info]:
+        blocks = task.model.blocks
+        messages = {name: block.natural(state.values[name]) for name, block in blocks.items()}
+        moving = work.observed is not None
+        local = work.source.sweep(messages, generator=task.generator, keep_labels=moving)
+        statistics: Nested = {b: dict(s) for b, s in local.statistics.items()}
+        accepted = state.accepted
+        if moving:
+            statistics, gained = self._moves(
+                task, work, local.latents["labels"], statistics, state
+            )
+            accepted = accepted + gained
+        occupied = (task.model.occupancy(statistics) > 0.5).sum(-1).double()
+        # Values and their own log likelihood are recorded together: the sweep above has just found it.
+        self._record(task, state, local.bound, occupied)
+        values = self._draw(task, statistics, state.values)
+        info = Info(
+            {
+                "log_likelihood": float(local.bound.mean()),
+                "num_occupied": float(occupied.mean()),
+            },
+            state.step + 1 == self.max_steps,
+        )
+        return state._replace(values=values, step=state.step + 1, accepted=accepted), info
+
+    def _draw(
+        self, task: Task, statistics: Mapping[str, Tensors], previous: Nested | None
+    ) -> Nested:
+        return {
+            name: dict(
+                block.draw(
+                    statistics[name],
+                    None if previous is None else previous[name],
+                    generator=task.generator,
+                )
+            )
+            for name, block in task.model.blocks.items()
+        }
+
+    def _moves(
+        self, task: Task, work: Work, labels: Tensor, statistics: Nested, state: GibbsState
+    ) -> tuple[Nested, Tensor]:
+        gained = torch.zeros_like(state.accepted)
+        assert work.points is not None
+        for _ in range(self.num_moves):
+            moved = split_merge(
+                task.model,
+                work.observed,
+                work.points,
+                labels,
+                statistics,
+                state.values,
+                generator=task.generator,
+            )
+            labels, statistics = moved.labels, moved.statistics
+            gained = gained + moved.accepted
+        return statistics, gained
+
+    def _record(
+        self, task: Task, state: GibbsState, log_likelihood: Tensor, occupied: Tensor
+    ) -> None:
+        kept = state.step - self.num_warmup
+        if kept < 0 or kept % self.thinning:
+            return
+        index = kept // self.thinning
+        log_density = log_likelihood.clone()
+        for name, block in task.model.blocks.items():
+            for site, value in state.values[name].items():
+                state.draws[name][site][:, index] = value
+            log_density = log_density + block.log_prior(state.values[name])
+        state.sample_stats["lp"][:, index] = log_density
+        state.sample_stats["log_likelihood"][:, index] = log_likelihood
+        state.sample_stats["num_occupied"][:, index] = occupied
+
+    def finish(self, task: Task, work: Work, state: GibbsState) -> dict[str, Any]:
+        kept = max(0, state.step - self.num_warmup)
+        count = min(self.num_samples, -(-kept // self.thinning))
+        if count == 0:
+            raise ValueError(
+                f"Gibbs stopped after {state.step} sweeps, before the first draw: num_warmup is "
+                f"{self.num_warmup}. Let it run longer, or lower num_warmup."
+            )
+        draws = {b: {k: v[:, :count] for k, v in s.items()} for b, s in state.draws.items()}
+        attempts = state.step * self.num_moves if work.observed is not None else 0
+        messages = []
+        if self.num_moves and work.observed is None:
+            messages.append(
+                "split-merge moves were not used: they need rows in memory, without missing entries or "
+                "local scales."
+            )
+        return {
+            "draws": task.model.export(draws),
+            "sample_stats": {k: v[:, :count] for k, v in state.sample_stats.items()},
+            "attrs": {
+                "num_warmup": self.num_warmup,
+                "split_merge_rate": float(state.accepted.mean()) / attempts if attempts else None,
+                "messages": messages,
+            },
+        }
