@@ -160,7 +160,7 @@ class Engine(ABC, Generic[S]):
             "num_rows": data.num_rows,
             "columns": list(data.columns),
             "schema": data.schema.to_config(),
-            "data_fingerprint": data.fingerprint,
+            "data_fingerprint": data.fingerprint(),
             "dtype": str(self._dtype).removeprefix("torch."),
             "device": str(self._device),
             "versions": _versions(),
@@ -218,7 +218,7 @@ class _Loop:
             # Where a run ends may change between sessions; how it moves may not.
             "settings": {k: v for k, v in engine.settings().items() if k not in _MAY_CHANGE},
             "seed": seed,
-            "data": task.data.fingerprint if self.folder is not None else None,
+            "data": task.data.fingerprint() if self.folder is not None else None,
         }
         self.step, self.seconds, self.done = 0, 0.0, False
         self.history: dict[str, list[float]] = {}
@@ -330,7 +330,7 @@ def _versions() -> dict[str, str]:
 
     return {
         "bayesgen": bayesgen.__version__,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "pyro": pyro.__version__,
         "numpy": np.__version__,
         "python": platform.python_version(),
