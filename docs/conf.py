@@ -1,4 +1,4 @@
-"""Sphinx: MyST pages whose code cells run at build time; every warning is an error (`make docs`)."""
+"""Sphinx: MyST pages whose code cells run at build time; every warning is an error."""
 
 import os
 import sys

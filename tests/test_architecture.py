@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -315,9 +316,18 @@ def public_things() -> Iterator[tuple[str, object]]:
                 continue
             yield f"{info.name}.{name}", thing
             if inspect.isclass(thing):
-                for attribute, member in vars(thing).items():
-                    if not attribute.startswith("_") and inspect.isroutine(member):
-                        yield f"{info.name}.{name}.{attribute}", getattr(thing, attribute)
+                yield from methods(f"{info.name}.{name}", thing)
+
+
+def methods(name: str, cls: type) -> Iterator[tuple[str, object]]:
+    """Public methods and properties that a class defines; an override stands for its contract."""
+    for attribute, member in vars(cls).items():
+        is_property = isinstance(member, property | functools.cached_property)
+        if attribute.startswith("_") or not (is_property or inspect.isroutine(member)):
+            continue
+        versions = [vars(base)[attribute] for base in cls.__mro__ if attribute in vars(base)]
+        documented = [v for v in versions if getattr(v, "__func__", v).__doc__]
+        yield f"{name}.{attribute}", documented[0] if documented else member
 
 
 def test_public_things_are_documented():
