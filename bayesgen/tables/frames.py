@@ -174,8 +174,9 @@ def from_xarray(x: object) -> RawTable | None:
     if x.ndim == 1 and x.name is not None:
         return stack({str(x.name): text_or_numbers(x.values, str(x.name))})
     raw = from_array(x.values)
-    labels = x.coords.get(x.dims[1]) if x.ndim == 2 else None
-    return raw if labels is None else raw._replace(names=tuple(_names(labels.values.tolist())))
+    if x.ndim != 2 or x.dims[1] not in x.coords:
+        return raw
+    return raw._replace(names=tuple(_names(x.coords[x.dims[1]].values.tolist())))
 
 
 def _xarray_dataset(x: xr.Dataset) -> RawTable:

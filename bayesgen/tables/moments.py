@@ -23,13 +23,18 @@ class ColumnSummary:
         \bar x = \bar x_a + \delta\,\frac{n_b}{n}, \qquad
         S = S_a + S_b + \delta^2\,\frac{n_a n_b}{n}.
 
+    Means are kept as a distance from an entry of the column, so that :math:`\delta` is not rounded
+    to the precision of a large offset either.
+
     References:
         Chan, Golub, LeVeque 1983, Algorithms for computing the sample variance.
 
     Args:
         columns: Names of the columns.
         count: Number of observed entries.
-        mean: Their mean; NaN for a column without observed entries.
+        origin: One of the observed entries; NaN for a column without any, as is all that follows
+            from it.
+        shift: Mean of the observed entries minus ``origin``.
         sum_squares: Sum of squared deviations from the mean.
         min: Smallest observed entry, ``inf`` without any.
         max: Largest observed entry, ``-inf`` without any.
@@ -37,10 +42,16 @@ class ColumnSummary:
 
     columns: tuple[str, ...]
     count: Tensor
-    mean: Tensor
+    origin: Tensor
+    shift: Tensor
     sum_squares: Tensor
     min: Tensor
     max: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of the observed entries."""
+        return self.origin + self.shift
 
     @property
     def variance(self) -> Tensor:
@@ -60,13 +71,14 @@ class ColumnSummary:
             )
         count = self.count + other.count
         share = torch.where(count > 0, other.count / count.clamp(min=1), 0.0)
-        left, right = self.mean.nan_to_num(), other.mean.nan_to_num()
-        delta = torch.where((self.count > 0) & (other.count > 0), right - left, 0.0)
-        mean = torch.where(self.count > 0, left + delta * share, other.mean)
+        delta = (other.origin - self.origin) + (other.shift - self.shift)
+        delta = torch.where((self.count > 0) & (other.count > 0), delta, 0.0)
+        filled = self.count > 0
         return ColumnSummary(
             columns=self.columns,
             count=count,
-            mean=mean,
+            origin=torch.where(filled, self.origin, other.origin),
+            shift=torch.where(filled, self.shift + delta * share, other.shift),
             sum_squares=self.sum_squares + other.sum_squares + delta.square() * self.count * share,
             min=torch.minimum(self.min, other.min),
             max=torch.maximum(self.max, other.max),
@@ -78,20 +90,20 @@ def _summarise_block(block: Tensor, columns: tuple[str, ...]) -> ColumnSummary:
     x = block.to(torch.float64)
     observed = ~x.isnan()
     count = observed.sum(0).to(torch.float64)
-    # A row near the others as origin: sums of values at offset 1e8 would already lose digits.
-    origin = torch.where(observed, x, torch.inf).amin(0)
-    origin = torch.where(count > 0, origin, torch.nan)
-    shift = torch.where(observed, x - origin, 0.0).sum(0) / count
-    mean = origin + shift
-    deviation = torch.where(observed, x - mean, 0.0)
+    low = torch.where(observed, x, torch.inf).amin(0)
+    origin = torch.where(count > 0, low, torch.nan)
+    centred = torch.where(observed, x - origin, 0.0)
+    shift = centred.sum(0) / count
+    deviation = torch.where(observed, centred - shift, 0.0)
     residual = deviation.sum(0)
     sum_squares = deviation.square().sum(0) - residual.square() / count.clamp(min=1)
     return ColumnSummary(
         columns=columns,
         count=count,
-        mean=mean,
+        origin=origin,
+        shift=shift,
         sum_squares=sum_squares.clamp(min=0.0),
-        min=torch.where(observed, x, torch.inf).amin(0),
+        min=low,
         max=torch.where(observed, x, -torch.inf).amax(0),
     )
 
