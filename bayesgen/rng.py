@@ -199,8 +199,7 @@ def log_gamma_sample(concentration: Tensor, generator: torch.Generator) -> Tenso
 
 def log_dirichlet(concentration: Tensor, generator: torch.Generator) -> Tensor:
     """Logarithm of Dirichlet variates ``(..., K)``: exact also where the weights underflow."""
-    log_gammas = log_gamma_sample(concentration, generator)
-    return log_gammas - torch.logsumexp(log_gammas, -1, keepdim=True)
+    return torch.log_softmax(log_gamma_sample(concentration, generator), -1)
 
 
 def log_beta_sample(
