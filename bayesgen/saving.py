@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from bayesgen.capabilities import Model, Symmetric
@@ -131,6 +132,13 @@ def _model_class(name: str, given: type[Model] | None) -> type[Model]:
     return loaded
 
 
+def _setting(name: str, value: Any) -> Any:
+    """A recorded setting as the engine takes it; dtypes were written by name."""
+    if name == "dtype" and isinstance(value, str):
+        return {"float32": torch.float32, "float64": torch.float64}[value.removeprefix("torch.")]
+    return value
+
+
 def _refit(model: Model, attrs: Mapping[str, Any]) -> Callable[[Dataset, int], Fit] | None:
     """Runs the engine that made the fit, by its recorded name and settings, found when called."""
     name, settings = attrs.get("engine"), attrs.get("settings")
@@ -141,7 +149,7 @@ def _refit(model: Model, attrs: Mapping[str, Any]) -> Callable[[Dataset, int], F
         return None
 
     def refit(data: Dataset, seed: int) -> Fit:
-        engine = found[0].load()(**settings)
+        engine = found[0].load()(**{k: _setting(k, v) for k, v in settings.items()})
         fit: Fit = engine.run(model, as_dataset(data), seed=seed)
         return fit
 
