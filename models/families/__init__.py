@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 __all__ = ["FAMILIES", "family_class"]
 
 FAMILIES = {
+    "Bernoulli": "bayesgen.models.families.bernoulli",
+    "DiagonalGaussian": "bayesgen.models.families.diagonal",
     "Gaussian": "bayesgen.models.families.gaussian",
 }
 """Where each family lives: saved models name a family by its key here, never by a module of their own."""

@@ -42,7 +42,10 @@ _LOG_2PI = math.log(2.0 * math.pi)
 def column_scales(data: Dataset) -> tuple[Tensor, Tensor]:
     """Centre and scale of each column, ``(d,)`` each, positive scales even for constant columns."""
     summary = data.summary()
-    centre, scale = summary.mean.double(), summary.variance.double().sqrt()
+    # A column without any entry: its components follow the prior, on whatever scale.
+    empty = summary.count == 0
+    centre = summary.mean.double().masked_fill(empty, 0.0)
+    scale = summary.variance.double().sqrt().masked_fill(empty, 1.0)
     # A constant column has no scale of its own: take one that rounding at its size cannot fill.
     smallest = 1e-6 * centre.abs().clamp_min(1.0)
     return centre, torch.where(scale > 1e-9 * centre.abs().clamp_min(1e-300), scale, smallest)
