@@ -78,15 +78,13 @@ def check_globals(case: EngineCase) -> None:
     import pyro
 
     torch_state, python_state = torch.get_rng_state(), random.getstate()
-    numpy_state = np.random.get_state()[1]  # noqa: NPY002 - the global one is under test
+    numpy_state = np.random.get_state(legacy=False)["state"]["key"]  # noqa: NPY002 - the global one is under test
     dtype = torch.get_default_dtype()
     case.run()
     assert torch.equal(torch.get_rng_state(), torch_state), "drew from torch's global generator"
     assert random.getstate() == python_state, "drew from Python's global generator"
-    after = np.random.get_state()[1]  # noqa: NPY002
-    assert np.array_equal(np.asarray(after), np.asarray(numpy_state)), (
-        "drew from numpy's generator"
-    )
+    after = np.random.get_state(legacy=False)["state"]["key"]  # noqa: NPY002
+    assert np.array_equal(after, numpy_state), "drew from numpy's global generator"
     assert torch.get_default_dtype() == dtype, "changed the default dtype"
     assert not list(pyro.get_param_store().keys()), "Pyro's global parameter store is not empty"
 

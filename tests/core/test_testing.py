@@ -21,10 +21,9 @@ def make(num_columns=2, num_components=3):
     generator = rng.make_generator(1)
     x = rng.standard_normal((12, num_columns), generator)
     data = as_dataset(x)
+    concentration = torch.full((4, num_components), 2.0, dtype=torch.float64)
     draws = {
-        "weights": rng.log_dirichlet(torch.full((4, num_components), 2.0), generator)
-        .exp()
-        .double(),
+        "weights": rng.log_dirichlet(concentration, generator).exp(),
         "loc": 1.5 * rng.standard_normal((4, num_components, num_columns), generator),
     }
     return ModelCase("toy", UnitMixture(num_components).bind(data), data, draws)
