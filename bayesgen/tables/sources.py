@@ -143,7 +143,8 @@ class ParquetSource(Source):
         import pyarrow.parquet as pq
 
         try:
-            return pq.ParquetFile(self._path)
+            # A small buffer and none in advance: row groups can be larger than memory allows.
+            return pq.ParquetFile(self._path, pre_buffer=False, buffer_size=2**20)
         except pa.ArrowInvalid as error:
             raise ValueError(f"{self._path} cannot be read as Parquet: {error}") from error
 
