@@ -27,6 +27,7 @@ __all__ = [
     "outliers",
     "plots",
     "priors",
+    "testing",
 ]
 
 __version__ = "0.1.0"
@@ -42,6 +43,7 @@ if TYPE_CHECKING:  # the two wings are named but never imported here: the core d
         outliers,
         plots,
         priors,
+        testing,
     )
     from bayesgen.fit import Fit, load
 
