@@ -106,6 +106,17 @@ def test_every_requirement_is_pinned():
         assert all(requirement.specifier.contains(v) for v in versions), requirement
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/quickstart.md"])
+def test_the_code_on_the_first_pages_runs(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    blocks = (ROOT / page).read_text("utf-8").split("```python\n")[1:]
+    assert blocks
+    for block in blocks:
+        exec(compile(block.partition("```")[0], page, "exec"), {})
+
+
 # ------------------------------------------------------------------ build, install, import
 def sources() -> set[str]:
     """What every artefact must hold, as paths under ``bayesgen/``."""
