@@ -12,8 +12,10 @@ __all__ = ["FAMILIES", "family_class"]
 
 FAMILIES = {
     "Bernoulli": "bayesgen.models.families.bernoulli",
+    "Categorical": "bayesgen.models.families.categorical",
     "DiagonalGaussian": "bayesgen.models.families.diagonal",
     "Gaussian": "bayesgen.models.families.gaussian",
+    "Poisson": "bayesgen.models.families.poisson",
 }
 """Where each family lives: saved models name a family by its key here, never by a module of their own."""
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Self
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
@@ -17,22 +15,18 @@ from bayesgen import rng
 from bayesgen.conjugate import Block
 from bayesgen.models.families.factorised import (
     Batch,
-    Factorised,
+    Entries,
     Layout,
+    OneSite,
     by_component,
     check_entries,
-    check_values,
-    column_prior,
     mean_and_covariance,
-    one_prior,
     per_row,
-    sample_site,
     stack_features,
 )
 
 if TYPE_CHECKING:
     from bayesgen.capabilities import Tensors
-    from bayesgen.data import Dataset
 
 __all__ = ["Bernoulli", "BetaBlock"]
 
@@ -134,15 +128,16 @@ def _log_beta(a: Tensor, b: Tensor) -> Tensor:
     return torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(a + b)
 
 
-def _not_binary(x: Tensor) -> Tensor:
-    return (x != 0) & (x != 1)
-
-
-_WANTED = ("Bernoulli", "0 or 1", "Recode it, or give the column another family.")
+_ENTRIES = Entries(
+    "Bernoulli",
+    ("0 or 1",),
+    "Recode it, or give the column another family.",
+    lambda x: (x != 0) & (x != 1),
+)
 
 
 @dataclass(frozen=True, eq=False)
-class Bernoulli(Factorised):
+class Bernoulli(OneSite):
     r"""Components of independent binary columns, missing entries dropped exactly.
 
     .. math:: p_{kj} \sim \mathrm{Beta}(a_j, b_j), \quad x_j \mid k \sim \mathrm{Bernoulli}(p_{kj})
@@ -160,43 +155,26 @@ class Bernoulli(Factorised):
         3
     """
 
-    centre: Tensor | None = None
-
     # ------------------------------------------------------------ description
-    def bind(self, data: Dataset, num_components: int, priors: Mapping[str, Any]) -> Self:
-        check_values(data, *_WANTED, _not_binary)
-        summary = data.summary()
-        count = summary.count.double()
-        centre = (summary.mean.double().nan_to_num() * count + 0.5) / (count + 1.0)
-        given = dict(priors)
-        prior = one_prior(given, "probs", None)
-        if prior is not None:
-            site = "components" if "components" in given else "probs"
-            given[site] = column_prior(
-                site, prior, (len(centre),), support=constraints.unit_interval
-            )
-        return replace(
-            self, num_components=num_components, columns=data.columns, centre=centre, given=given
-        )
+    @property
+    def _site(self) -> str:
+        return "probs"
 
     @property
-    def _mean(self) -> Tensor:
-        if self.centre is None:
-            raise ValueError("the model is not bound to data yet: call bind(as_dataset(x)) first.")
-        return self.centre
+    def _support(self) -> constraints.Constraint:
+        return constraints.unit_interval
 
     @property
-    def prior_sites(self) -> tuple[str, ...]:
-        return ("components", "probs")
+    def _entries(self) -> Entries:
+        return _ENTRIES
 
     @property
-    def priors(self) -> dict[str, Any]:
-        default = {"components": dist.Beta(2.0 * self._mean, 2.0 * (1.0 - self._mean))}
-        return dict(self.given) if self.given else default
+    def _default(self) -> torch.distributions.Distribution:
+        return dist.Beta(2.0 * self._mean, 2.0 * (1.0 - self._mean))
 
     @property
     def block(self) -> BetaBlock:
-        prior = one_prior(self.priors, "probs", None)
+        prior = self._prior
         if not isinstance(prior, torch.distributions.Beta):
             raise TypeError(
                 f"the prior {prior} of the probabilities is not conjugate, so EM, VB and Gibbs "
@@ -206,30 +184,8 @@ class Bernoulli(Factorised):
         return BetaBlock(self.num_components, a.to(self._mean), b.to(self._mean))
 
     @property
-    def dims(self) -> dict[str, tuple[str, ...]]:
-        return {"probs": ("component", "column")}
-
-    @property
     def row_size(self) -> int:
         return 1 + 2 * self._d
-
-    def to_config(self) -> dict[str, Any]:
-        return {
-            "num_components": self.num_components,
-            "columns": list(self.columns),
-            "centre": self.centre,
-        }
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], priors: Mapping[str, Any]) -> Self:
-        return cls(**{**config, "columns": tuple(config["columns"])}, given=dict(priors))
-
-    @property
-    def device(self) -> torch.device:
-        return self._mean.device
-
-    def to(self, device: torch.device) -> Self:
-        return replace(self, centre=self._mean.to(device))
 
     def invariants(self, weights: Tensor, values: Tensors) -> dict[str, Tensor]:
         probs = values["probs"]
@@ -241,7 +197,7 @@ class Bernoulli(Factorised):
         return Layout(1, self._d)
 
     def observe(self, x: Tensor, dtype: torch.dtype = torch.float64) -> Batch:
-        check_entries(x, self.columns, *_WANTED, _not_binary)
+        check_entries(x, self.columns, _ENTRIES)
         return stack_features(x.to(dtype), torch.positive)
 
     def _natural(self, values: Tensors) -> Tensor:
@@ -275,9 +231,3 @@ class Bernoulli(Factorised):
 
     def draw(self, values: Tensors, labels: Tensor, *, generator: torch.Generator) -> Tensor:
         return torch.bernoulli(by_component(values, "probs", labels), generator=generator)
-
-    # ------------------------------------------------------------ the Pyro program
-    def program(self) -> dict[str, Tensor]:
-        plate = pyro.plate("components", self.num_components, dim=-1)
-        prior = one_prior(self.priors, "probs", None)
-        return {"probs": sample_site("probs", prior, 1, plate)}

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import pyro
 import torch
@@ -33,10 +33,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Batch",
+    "Entries",
     "Factorised",
     "Layout",
+    "OneSite",
     "by_component",
-    "check_values",
+    "check_entries",
     "column_prior",
     "mean_and_covariance",
     "one_prior",
@@ -145,23 +147,20 @@ def sample_site(site: str, prior: Any, event_dim: int, plate: Any) -> Tensor:
     return value
 
 
-def check_values(
-    data: Dataset, family: str, wanted: str, fix: str, bad: Callable[[Tensor], Tensor]
-) -> None:
-    """Refuse a data set with an entry that the family cannot hold, naming its column."""
-    for block in data.batches(1 << 16):
-        check_entries(block, data.columns, family, wanted, fix, bad)
+class Entries(NamedTuple):
+    """What a family can hold, for its checks and their messages."""
+
+    family: str
+    wanted: tuple[str, ...]
+    """What is allowed, in words: once, or for each column."""
+    fix: str
+    bad: Callable[[Tensor], Tensor]
+    """Which entries of ``(n, d)`` are not allowed; missing ones always are."""
 
 
-def check_entries(
-    x: Tensor,
-    columns: tuple[str, ...],
-    family: str,
-    wanted: str,
-    fix: str,
-    bad: Callable[[Tensor], Tensor],
-) -> None:
+def check_entries(x: Tensor, columns: tuple[str, ...], entries: Entries) -> None:
     """Refuse rows ``(n, d)`` with an entry that the family cannot hold, naming its column."""
+    family, wanted, fix, bad = entries
     if x.shape[1] != len(columns):
         raise ValueError(
             f"{family}: the rows have {x.shape[1]} columns, but the model {len(columns)}: "
@@ -172,7 +171,7 @@ def check_entries(
         row, column = (int(i) for i in wrong.nonzero()[0])
         raise ValueError(
             f"{family}: column {columns[column]!r} holds {float(x[row, column]):g}, but it must "
-            f"hold {wanted}, or NaN for a missing value. {fix}"
+            f"hold {wanted[column % len(wanted)]}, or NaN for a missing value. {fix}"
         )
 
 
@@ -182,9 +181,10 @@ def by_component(values: Tensors, site: str, labels: Tensor) -> Tensor:
     return values[site][torch.arange(len(labels), device=labels.device), labels]
 
 
-def per_row(value: Tensor, num_rows: int) -> Tensor:
-    """``(..., K, m)`` repeated for each row without a copy: ``(..., n, K, m)``."""
-    return value.unsqueeze(-3).expand(*value.shape[:-2], num_rows, *value.shape[-2:])
+def per_row(value: Tensor, num_rows: int, event_dim: int = 1) -> Tensor:
+    """``(..., K, *event)`` repeated for each row without a copy: ``(..., n, K, *event)``."""
+    cut = value.ndim - event_dim - 1
+    return value.unsqueeze(cut).expand(*value.shape[:cut], num_rows, *value.shape[cut:])
 
 
 def mean_and_covariance(weights: Tensor, loc: Tensor, inside: Tensor) -> dict[str, Tensor]:
@@ -257,3 +257,99 @@ class Factorised(Family):
 
     def log_prob(self, x: Tensor, values: Tensors) -> Tensor:
         return self._product(self.observe(x), self._natural(values))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class OneSite(Factorised):
+    """Base of the families with one number a component and column, under independent priors."""
+
+    centre: Tensor | None = None
+    """``(d,)`` means of the columns, smoothed by half a count."""
+    scale: Tensor | None = None
+    """``(d,)`` standard deviations of the columns."""
+
+    @property
+    @abstractmethod
+    def _site(self) -> str:
+        """The public name of the site."""
+
+    @property
+    @abstractmethod
+    def _support(self) -> constraints.Constraint:
+        """Its support."""
+
+    @property
+    @abstractmethod
+    def _entries(self) -> Entries:
+        """What the columns may hold."""
+
+    @property
+    @abstractmethod
+    def _default(self) -> Distribution:
+        """The default prior."""
+
+    def bind(self, data: Dataset, num_components: int, priors: Mapping[str, Any]) -> Self:
+        for block in data.batches(1 << 16):
+            check_entries(block, data.columns, self._entries)
+        summary = data.summary()
+        count = summary.count.double()
+        centre = (summary.mean.double().nan_to_num() * count + 0.5) / (count + 1.0)
+        scale = summary.variance.double().sqrt().nan_to_num(nan=1.0)
+        given, prior = dict(priors), one_prior(priors, self._site, None)
+        if prior is not None:
+            key = "components" if "components" in given else self._site
+            given[key] = column_prior(key, prior, (len(centre),), support=self._support)
+        return replace(
+            self,
+            num_components=num_components,
+            columns=data.columns,
+            centre=centre,
+            scale=scale,
+            given=given,
+        )
+
+    @property
+    def _mean(self) -> Tensor:
+        if self.centre is None:
+            raise ValueError("the model is not bound to data yet: call bind(as_dataset(x)) first.")
+        return self.centre
+
+    @property
+    def _prior(self) -> Any:
+        return one_prior(self.priors, self._site, None)
+
+    @property
+    def prior_sites(self) -> tuple[str, ...]:
+        return ("components", self._site)
+
+    @property
+    def priors(self) -> dict[str, Any]:
+        return dict(self.given) if self.given else {"components": self._default}
+
+    @property
+    def dims(self) -> dict[str, tuple[str, ...]]:
+        return {self._site: ("component", "column")}
+
+    def to_config(self) -> dict[str, Any]:
+        return {
+            "num_components": self.num_components,
+            "columns": list(self.columns),
+            "centre": self.centre,
+            "scale": self.scale,
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], priors: Mapping[str, Any]) -> Self:
+        return cls(**{**config, "columns": tuple(config["columns"])}, given=dict(priors))
+
+    @property
+    def device(self) -> torch.device:
+        return self._mean.device
+
+    def to(self, device: torch.device) -> Self:
+        assert self.scale is not None
+        return replace(self, centre=self._mean.to(device), scale=self.scale.to(device))
+
+    def program(self) -> dict[str, Tensor]:
+        plate = pyro.plate("components", self.num_components, dim=-1)
+        return {self._site: sample_site(self._site, self._prior, 1, plate)}
