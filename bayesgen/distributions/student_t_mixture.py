@@ -110,11 +110,10 @@ class StudentTMixture(TorchDistribution):
                 raise ValueError(f"{owner}: loc holds NaN or infinite entries; it must be finite.")
             if not bool((torch.isfinite(df) & (df > 0)).all()):
                 raise ValueError(f"{owner}: df must be positive and finite, got {df}.")
-        self._set(logits, df, loc, scale_tril, validate_args)
+        self._set(logits, df, loc, scale_tril)
+        self._validate_args = validate
 
-    def _set(
-        self, logits: Tensor, df: Tensor, loc: Tensor, scale_tril: Tensor, validate: bool | None
-    ) -> None:
+    def _set(self, logits: Tensor, df: Tensor, loc: Tensor, scale_tril: Tensor) -> None:
         dim = scale_tril.shape[-1]
         try:
             full = torch.broadcast_shapes(
@@ -134,8 +133,6 @@ class StudentTMixture(TorchDistribution):
         self.df, self.loc = df.expand(full), loc
         self.scale_tril = scale_tril.expand((*full, dim, dim))
         super().__init__(full[:-1], Size((dim,)), validate_args=False)
-        if validate is not None:
-            self._validate_args = validate
 
     @property
     def weights(self) -> Tensor:
