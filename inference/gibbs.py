@@ -204,6 +204,7 @@ class Gibbs(Engine[GibbsState]):
                 statistics,
                 state.values,
                 generator=task.generator,
+                exact=state.step >= self.num_warmup // 2,
             )
             labels, statistics = moved.labels, moved.statistics
             gained = gained + moved.accepted

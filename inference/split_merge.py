@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Moved", "split_merge"]
 
 _LAUNCH_STEPS = 4
+_SHARPNESS = (1.0, 0.5, 0.2, 0.05)
 
 Nested = dict[str, dict[str, Tensor]]
 
@@ -52,6 +53,7 @@ def split_merge(
     values: Mapping[str, Tensors],
     *,
     generator: torch.Generator,
+    exact: bool = True,
 ) -> Moved:
     """One attempt in every chain.
 
@@ -63,6 +65,8 @@ def split_merge(
         statistics: Statistics of these labels.
         values: Current values of the blocks; only hyperparameters are read.
         generator: Source of randomness.
+        exact: With the Hastings correction, so that the posterior is left invariant. Without it, for
+            warm-up, evidence alone decides: chains then find the posterior's bulk in few sweeps.
     """
     chains, n = labels.shape
     size = model.occupancy(statistics)
@@ -83,6 +87,11 @@ def split_merge(
 
     pooled = (labels == own.unsqueeze(-1)) | (labels == other.unsqueeze(-1))
     log_odds = _launch(model, observed, points, pooled, first, second, values)
+    if exact:
+        # A sharp launch finds good splits; a blunt one can reverse merges of odd-shaped pieces.
+        choice = torch.randint(len(_SHARPNESS), (chains,), generator=generator, device=labels.device)
+        sharpness = torch.tensor(_SHARPNESS, dtype=log_odds.dtype, device=labels.device)[choice]
+        log_odds = sharpness.unsqueeze(-1) * log_odds
     uniform = torch.rand(
         log_odds.shape, generator=generator, dtype=log_odds.dtype, device=labels.device
     )
@@ -102,7 +111,7 @@ def split_merge(
     change = _log_evidence(model, new, values) - _log_evidence(model, statistics, values)
     # The split chose one of the empty slots; the merge leaves one more empty than there is now.
     slots = torch.where(splitting, num_empty, num_empty + 1).clamp_min(1).log()
-    forward = torch.where(splitting, 1.0, -1.0) * (log_path - slots)
+    forward = torch.where(splitting, 1.0, -1.0) * (log_path - slots) * float(exact)
     u = torch.rand(chains, generator=generator, dtype=change.dtype, device=labels.device)
     accepted = (u.log() < change - forward) & (~splitting | (num_empty > 0))
     return Moved(

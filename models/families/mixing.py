@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["Mixing"]
 
 _GRID_POINTS = 256
+_SPARSE = 0.01
+"""Malsiner-Walli, Frühwirth-Schnatter & Grün (2016): small enough to empty superfluous components."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +36,7 @@ class Mixing:
 
     Args:
         num_components: Number of components.
-        prior: As given by the user; None is ``SymmetricDirichlet(1 / num_components)``.
+        prior: As given by the user; None is the sparse ``SymmetricDirichlet(0.01)``.
     """
 
     num_components: int
@@ -42,7 +44,7 @@ class Mixing:
 
     def __post_init__(self) -> None:
         if self.prior is None:
-            object.__setattr__(self, "prior", SymmetricDirichlet(1.0 / self.num_components))
+            object.__setattr__(self, "prior", SymmetricDirichlet(_SPARSE))
         check_prior(
             "weights",
             self.prior,
