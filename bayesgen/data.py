@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, final
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,10 +12,11 @@ from torch import Tensor
 
 from bayesgen.schema import Kind, Schema
 from bayesgen.tables.convert import raw_table
+from bayesgen.tables.dataset import Dataset
 from bayesgen.tables.encode import encode
-from bayesgen.tables.moments import ColumnSummary, summarise
+from bayesgen.tables.moments import ColumnSummary
 from bayesgen.tables.raw import RawTable, Type, default_names
-from bayesgen.tables.rows import FileRows, MemoryRows, Rows, Source, SubsetRows, permutation
+from bayesgen.tables.rows import FileRows, MemoryRows, Rows, Source, SubsetRows
 from bayesgen.tables.scan import SchemaScan
 from bayesgen.tables.sources import ArraySource, MemorySource, SelectedSource, open_source
 
@@ -27,222 +26,6 @@ MAX_BYTES_IN_MEMORY = 256 * 2**20
 """Files larger than this are streamed from disk unless ``in_memory=True``."""
 
 
-@final
-class Dataset:
-    """A table of checked numbers with named columns; made by :func:`as_dataset`.
-
-    Categories are codes ``0 .. L-1``, booleans 0 and 1, missing entries NaN. Rows are in memory,
-    or streamed from a file, which each pass reads again in blocks of a few megabytes.
-    """
-
-    def __init__(self, schema: Schema, rows: Rows) -> None:
-        self._schema = schema
-        self._rows = rows
-        self._summary: ColumnSummary | None = None
-        self._fingerprint: str | None = None
-
-    # -------------------------------------------------------------- what it is
-    @property
-    def schema(self) -> Schema:
-        """Names, kinds and levels of the columns."""
-        return self._schema
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Names of the columns."""
-        return self._schema.columns
-
-    @property
-    def kinds(self) -> tuple[Kind, ...]:
-        """Kind of each column: ``real``, ``count``, ``binary`` or ``category``."""
-        return self._schema.kinds
-
-    @property
-    def num_rows(self) -> int:
-        """Number of rows."""
-        return self._rows.num_rows
-
-    @property
-    def num_columns(self) -> int:
-        """Number of columns."""
-        return len(self._schema.columns)
-
-    @property
-    def in_memory(self) -> bool:
-        """Whether :meth:`tensor` works; otherwise rows stream through :meth:`batches`."""
-        return isinstance(self._rows, MemoryRows)
-
-    @property
-    def has_missing(self) -> bool:
-        """Whether any entry is missing."""
-        return bool((self.summary().count < self.num_rows).any())
-
-    def __len__(self) -> int:
-        return self.num_rows
-
-    def __repr__(self) -> str:
-        names = ", ".join(
-            f"{c} {k}" for c, k in list(zip(self.columns, self.kinds, strict=True))[:8]
-        )
-        more = ", ..." if self.num_columns > 8 else ""
-        where = "in memory" if self.in_memory else "streamed"
-        return f"Dataset({self.num_rows} x {self.num_columns}, {where}: {names}{more})"
-
-    # -------------------------------------------------------------- rows
-    def tensor(
-        self, dtype: torch.dtype = torch.float64, device: str | torch.device = "cpu"
-    ) -> Tensor:
-        """All rows, ``(n, d)``, NaN = missing. May share memory with the input: do not modify it.
-
-        Raises:
-            ValueError: If the rows stream from disk.
-        """
-        if not isinstance(self._rows, MemoryRows):
-            raise ValueError(
-                f"the {self.num_rows} rows stream from disk; use .batches(batch_size), or load "
-                f"them "
-                f"by as_dataset(path, in_memory=True)."
-            )
-        return self._rows.values.to(device, dtype)
-
-    def batches(
-        self,
-        batch_size: int,
-        *,
-        dtype: torch.dtype = torch.float64,
-        device: str | torch.device = "cpu",
-        generator: torch.Generator | None = None,
-    ) -> Iterator[Tensor]:
-        """One pass over all rows in batches ``(batch_size, d)``; the last may be smaller.
-
-        Args:
-            batch_size: Rows in a batch.
-            dtype: Of the batches.
-            device: Of the batches.
-            generator: Shuffles. Rows in memory come in a uniformly random order. Streamed rows
-            come
-                in a random order of the file's chunks (row groups of Parquet, stretches of about
-                8 MB of others), with the rows within each block of about 8 MB in random order: a
-                file that is sorted should be shuffled once on disk.
-        """
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, but got {batch_size}.")
-        return self._batches(batch_size, dtype, torch.device(device), generator)
-
-    def _batches(
-        self,
-        size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        generator: torch.Generator | None,
-    ) -> Iterator[Tensor]:
-        if isinstance(self._rows, MemoryRows):
-            values = self._rows.values
-            if generator is None:
-                for batch in values.split(size):
-                    yield batch.to(device, dtype)
-                return
-            for index in permutation(self.num_rows, generator).to(values.device).split(size):
-                yield values[index].to(device, dtype)
-            return
-        held: list[Tensor] = []
-        num_held = 0
-        for block in self._rows.blocks(generator):
-            held.append(block)
-            num_held += len(block)
-            if num_held < size:
-                continue
-            *full, last = torch.cat(held).split(size)
-            if len(last) == size:
-                full.append(last)
-                last = last[:0]
-            for batch in full:
-                yield batch.to(device, dtype)
-            held, num_held = [last.clone()], len(last)
-        if num_held:
-            yield torch.cat(held).to(device, dtype)
-
-    def subset(self, index: Sequence[int] | slice | np.ndarray[Any, Any] | Tensor) -> Dataset:
-        """Some rows, by positions, a slice or a boolean mask.
-
-        Rows in memory come in the order asked for. Streamed rows keep the order of the file, and
-        each can be taken only once.
-        """
-        positions = self._positions(index)
-        if isinstance(self._rows, MemoryRows):
-            values = self._rows.values
-            return Dataset(self._schema, MemoryRows(values[positions.to(values.device)]))
-        mask = torch.zeros(self.num_rows, dtype=torch.bool)
-        mask[positions] = True
-        if int(mask.sum()) < len(positions):
-            raise ValueError(
-                "streamed rows can be taken only once, but the index repeats some; "
-                "load the file by as_dataset(path, in_memory=True)."
-            )
-        rows = self._rows
-        if isinstance(rows, SubsetRows):  # keep one mask over the file
-            whole = torch.zeros_like(rows.mask)
-            whole[rows.mask.nonzero()[:, 0][mask]] = True
-            rows, mask = rows.parent, whole
-        return Dataset(self._schema, SubsetRows(rows, mask))
-
-    def _positions(self, index: Sequence[int] | slice | np.ndarray[Any, Any] | Tensor) -> Tensor:
-        n = self.num_rows
-        if isinstance(index, slice):
-            positions = torch.arange(*index.indices(n))
-        else:
-            given = torch.as_tensor(index).cpu()
-            if given.dtype == torch.bool:
-                if given.shape != (n,):
-                    raise ValueError(f"the mask has shape {tuple(given.shape)}, not ({n},).")
-                positions = given.nonzero()[:, 0]
-            elif given.is_floating_point() and given.numel():
-                raise TypeError("index must hold integers or booleans, but got floats.")
-            else:
-                positions = given.long().reshape(-1)
-        if len(positions) == 0:
-            raise ValueError("the subset would be empty; at least one row is needed.")
-        low, high = int(positions.min()), int(positions.max())
-        if low < -n or high >= n:
-            raise IndexError(f"row {low if low < -n else high} is out of range for {n} rows.")
-        return torch.where(positions < 0, positions + n, positions)
-
-    def split(self, fraction: float, generator: torch.Generator) -> tuple[Dataset, Dataset]:
-        """Two random parts in row order, the first with ``round(fraction * num_rows)`` rows."""
-        first = round(fraction * self.num_rows)
-        if not 0 < first < self.num_rows:
-            raise ValueError(
-                f"fraction={fraction} of {self.num_rows} rows leaves one part empty; both need a "
-                f"row."
-            )
-        mask = torch.zeros(self.num_rows, dtype=torch.bool)
-        mask[permutation(self.num_rows, generator)[:first]] = True
-        return self.subset(mask), self.subset(~mask)
-
-    # -------------------------------------------------------------- what is in it
-    def summary(self) -> ColumnSummary:
-        """Count, mean, variance, minimum and maximum of the observed entries of each column.
-
-        In float64 on the CPU, exact at any offset; computed in one pass, once.
-        """
-        if self._summary is None:
-            blocks = (block.to("cpu") for block in self._rows.blocks())
-            self._summary = summarise(blocks, self.columns)
-        return self._summary
-
-    def fingerprint(self) -> str:
-        """SHA-256 of the schema and all entries in float64, row by row, however they are held."""
-        if self._fingerprint is None:
-            digest = hashlib.sha256(repr(self._schema.to_config()).encode())
-            for block in self._rows.blocks():
-                values = block.to("cpu", torch.float64)
-                values = torch.where(values.isnan(), math.nan, values)  # one NaN of the many
-                digest.update(values.contiguous().numpy().tobytes())
-            self._fingerprint = digest.hexdigest()
-        return self._fingerprint
-
-
-# ------------------------------------------------------------------ data in
 def as_dataset(
     x: object,
     *,
@@ -258,6 +41,8 @@ def as_dataset(
     order declared, else sorted), booleans are binary, integers that are never negative are counts,
     the rest is real. With ``schema`` - that of the data a model was fitted to - columns are
     matched by name (by position if the input has no names) and categories get the same codes.
+    Numbers in a category column are its levels in a table with names, and codes in an array
+    without.
 
     Args:
         x: Numbers as a numpy array, torch tensor or list of 1 (one column) or 2 dimensions; a

@@ -20,7 +20,6 @@ from bayesgen.capabilities import Model, Symmetric
 from bayesgen.data import Dataset, as_dataset
 from bayesgen.schema import Schema
 from bayesgen.storage import flatten, read_folder, unflatten, write_folder
-from bayesgen.tables.rows import MemoryRows
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -110,7 +109,7 @@ def _plain(values: Mapping[str, Any] | None) -> dict[str, Any] | None:
 def _dataset(values: Tensor | None, schema: Mapping[str, Any]) -> Dataset | None:
     if values is None:
         return None
-    return Dataset(Schema.from_config(schema), MemoryRows(values))
+    return Dataset.from_codes(values, Schema.from_config(schema))
 
 
 def _model_class(name: str, given: type[Model] | None) -> type[Model]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bayesgen.schema import Levels, Schema, check_unique
-from bayesgen.tables.raw import RawTable, first_row, label, shorten
+from bayesgen.tables.raw import RawTable, first_row, is_number, label, shorten
 
 __all__ = ["check_finite", "encode", "match_columns"]
 
@@ -89,8 +89,7 @@ def encode(raw: RawTable, schema: Schema, offset: int = 0) -> Tensor:
                 row = first_row(bad)
                 raise ValueError(
                     f"row {row + offset}, column {name!r} holds {float(column[row]):g}, but the "
-                    f"column "
-                    f"is binary: pass 0, 1, or NaN for a missing value."
+                    f"column is binary: pass 0, 1, or NaN for a missing value."
                 )
     if codes:
         values = values.clone()
@@ -110,6 +109,8 @@ def _recode(raw: RawTable, i: int, name: str, levels: Levels, offset: int) -> Te
         given = tuple(label(v, is_bool=raw.types[i] == "bool") for v in unique.tolist())
     if not given:
         return column
+    if raw.names is None and raw.types[i] != "text":
+        levels = _array_levels(name, levels)
     where = {level: code for code, level in enumerate(levels)}
     table = torch.tensor([where.get(level, -1) for level in given], device=column.device)
     new = table[codes].to(column.dtype)
@@ -118,7 +119,18 @@ def _recode(raw: RawTable, i: int, name: str, levels: Levels, offset: int) -> Te
         row = first_row(unknown)
         raise ValueError(
             f"row {row + offset}, column {name!r} holds the unknown level "
-            f"{given[int(codes[row])]!r}; "
-            f"allowed are {shorten(levels)}, or a missing value."
+            f"{given[int(codes[row])]!r}; allowed are {shorten(levels)}, or a missing value."
         )
     return torch.where(missing, torch.nan, new)
+
+
+def _array_levels(name: str, levels: Levels) -> Levels:
+    """What numbers in an array without names stand for: codes, unless they could be levels too."""
+    codes = tuple(str(code) for code in range(len(levels)))
+    if levels != codes and any(is_number(level) for level in levels):
+        raise ValueError(
+            f"column {name!r} has the levels {shorten(levels)}: numbers in an array without names "
+            f"could be levels or codes. Pass a table with named columns (levels), or "
+            f"Dataset.from_codes(x, schema)."
+        )
+    return codes

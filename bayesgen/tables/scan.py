@@ -32,6 +32,7 @@ class _Seen:
     declared: bool = False
     num_numeric_text: int = 0
     not_number: tuple[int, str] | None = None
+    are_codes: bool = False
 
 
 class SchemaScan:
@@ -59,7 +60,8 @@ class SchemaScan:
             if raw.types[i] == "text":
                 self._see_text(seen, raw, i, observed)
             else:
-                self._see_numbers(seen, values, raw.types[i], self.kinds.get(name))
+                self._see_numbers(seen, values[observed])
+                self._see_wanted(seen, raw, i, self.kinds.get(name))
             if len(seen.levels) > MAX_LEVELS:
                 raise ValueError(
                     f"column {name!r} has more than {MAX_LEVELS} levels: it looks like an "
@@ -67,20 +69,23 @@ class SchemaScan:
                 )
         self.num_rows += len(raw.values)
 
-    def _see_numbers(self, seen: _Seen, values: Tensor, type_: str, wanted: Kind | None) -> None:
-        observed = values[~values.isnan()]
+    def _see_numbers(self, seen: _Seen, observed: Tensor) -> None:
         seen.negative |= bool((observed < 0).any())
-        if wanted == "count":
-            seen.fractional |= bool((observed != observed.floor()).any())
+        seen.fractional |= bool((observed != observed.floor()).any())
+
+    def _see_wanted(self, seen: _Seen, raw: RawTable, i: int, wanted: Kind | None) -> None:
+        """What only matters for numbers that are to be binary or categories."""
+        values = raw.values[:, i]
         if wanted == "binary" and seen.not_binary is None:
             bad = (values != 0) & (values != 1) & ~values.isnan()
             if bool(bad.any()):
                 row = first_row(bad)
                 seen.not_binary = (self.num_rows + row, float(values[row]))
         if wanted == "category":
-            for value in observed.unique().tolist():
-                seen.levels.setdefault(label(value, is_bool=type_ == "bool"))
+            for value in values[~values.isnan()].unique().tolist():
+                seen.levels.setdefault(label(value, is_bool=raw.types[i] == "bool"))
             seen.same_levels = False
+            seen.are_codes |= raw.names is None
 
     def _see_text(self, seen: _Seen, raw: RawTable, i: int, observed: Tensor) -> None:
         levels = raw.levels[i] or ()
@@ -89,7 +94,7 @@ class SchemaScan:
         seen.declared |= raw.declared[i]
         seen.levels.update(dict.fromkeys(levels))
         codes = raw.values[:, i].nan_to_num(nan=0.0).long()
-        numeric = torch.tensor([is_number(level) for level in levels])[codes]
+        numeric = torch.tensor([is_number(v) for v in levels], device=codes.device)[codes]
         seen.num_numeric_text += int((numeric & observed).sum())
         wrong = ~numeric & observed
         if seen.not_number is None and bool(wrong.any()):
@@ -109,7 +114,9 @@ class SchemaScan:
             kind = _infer(seen) if wanted is None else wanted
             _check_kind(name, seen, kind, wanted)
             kinds.append(kind)
-            if kind == "category":
+            if kind == "category" and seen.are_codes:
+                levels.append(_code_levels(name, seen))
+            elif kind == "category":
                 keep = seen.declared and seen.same_levels
                 levels.append(tuple(seen.levels) if keep else tuple(_sort_levels(seen.levels)))
             else:
@@ -181,6 +188,18 @@ def _check_kind(name: str, seen: _Seen, kind: Kind, wanted: Kind | None) -> None
             f"leave "
             f"it out with columns=[...], {hint}"
         )
+
+
+def _code_levels(name: str, seen: _Seen) -> Levels:
+    """Categories of an array without names are codes: their own levels, from 0 to the largest."""
+    largest = max(map(float, seen.levels))
+    if seen.negative or seen.fractional or largest >= MAX_LEVELS:
+        raise ValueError(
+            f"column {name!r} is to be a category: in an array without names it must hold codes "
+            f"0, 1, ..., but it holds {shorten(list(seen.levels))}. Name the columns with "
+            f"columns=[...], and any number is a level."
+        )
+    return tuple(str(code) for code in range(int(largest) + 1))
 
 
 def _sort_levels(levels: Mapping[str, None]) -> list[str]:

@@ -238,6 +238,41 @@ def test_numeric_categories() -> None:
     assert data.tensor().tolist() == [[1, 1], [0, 0], [0, 1]]
     again = as_dataset({"y": [True], "x": [2]}, schema=data.schema)
     assert again.tensor().tolist() == [[0, 1]]
+    with pytest.raises(ValueError, match=r"could be levels or codes.*Dataset\.from_codes"):
+        as_dataset([[2, 1]], schema=data.schema)
+    assert Dataset.from_codes(torch.tensor([[0.0, 1.0]]), data.schema).columns == ("x", "y")
+
+
+def test_categories_of_arrays_are_codes() -> None:
+    """So that what a model samples can be passed back to it."""
+    x = np.array([[1, 0], [3, 1], [1, 1]])
+    data = as_dataset(x, kinds="category")
+    assert data.schema.levels == (("0", "1", "2", "3"), ("0", "1"))
+    assert np.array_equal(data.tensor(), x)
+    assert np.array_equal(as_dataset([[2, 0]], schema=data.schema).tensor(), [[2, 0]])
+    with pytest.raises(ValueError, match="unknown level '4'; allowed are '0', '1', '2', '3'"):
+        as_dataset([[4, 0]], schema=data.schema)
+    for bad in (-1, 0.5, 10**6):
+        with pytest.raises(ValueError, match=r"must hold codes 0, 1, \.\.\..*columns=\["):
+            as_dataset([[bad], [0]], kinds="category")
+    named = as_dataset([[-1], [0.5]], kinds="category", columns=["k"])
+    assert named.schema.levels == (("-1", "0.5"),)
+    assert same(as_dataset(CODES, schema=SCHEMA).tensor(), CODES)
+
+
+def test_columns_in_the_users_terms() -> None:
+    columns = as_dataset(frame()).to_columns()
+    assert columns["colour"].tolist() == ["red", None, "blue", "red"]
+    assert as_dataset(columns, schema=SCHEMA).fingerprint() == as_dataset(frame()).fingerprint()
+    whole = as_dataset(frame().iloc[[0, 3]]).to_columns()
+    assert whole["count"].dtype == np.int64
+    again = as_dataset(pd.DataFrame(whole), schema=SCHEMA)
+    assert same(again.tensor(), CODES[[0, 3]])
+
+
+def test_from_codes_checks_the_shape() -> None:
+    with pytest.raises(ValueError, match=r"values must be \(n, 4\).* shape is \(2, 3\)"):
+        Dataset.from_codes(torch.zeros(2, 3), SCHEMA)
 
 
 def test_zip_codes_of_a_csv_keep_their_zeros(tmp_path: Path) -> None:
