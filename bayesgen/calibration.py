@@ -31,7 +31,7 @@ from bayesgen.replication import (
 )
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
 
 __all__ = [
     "JointTest",
@@ -39,6 +39,7 @@ __all__ = [
     "Quantities",
     "Ranks",
     "default_statistics",
+    "envelope_level",
     "geweke_joint_test",
     "posterior_predictive_check",
     "simulation_based_calibration",
@@ -66,7 +67,7 @@ class Ranks:
         """Smallest p-value times the number of quantities (Bonferroni): one verdict for all."""
         return min(1.0, len(self.p_values) * min(self.p_values.values()))
 
-    def plot(self) -> Figure:
+    def plot(self) -> Axes:
         """Draw the rank distributions; see :func:`bayesgen.plots.ranks`."""
         from bayesgen import plots
 
@@ -202,6 +203,29 @@ def uniformity_p_values(
         at_most = int((null[len(values)] <= statistic * (1 + 1e-9)).sum())
         result[name] = (1 + at_most) / (num_null + 1)
     return result
+
+
+def envelope_level(
+    num_simulations: int,
+    num_draws: int,
+    *,
+    level: float = 0.95,
+    num_null: int = 2000,
+    seed: int = 0,
+) -> float:
+    """Pointwise tail probability at which the envelope holds ``level`` of uniform samples.
+
+    Args:
+        num_simulations: Ranks in a sample.
+        num_draws: Largest possible rank.
+        level: Simultaneous coverage.
+        num_null: Simulated uniform samples.
+        seed: Of the simulation.
+    """
+    shape = (num_null, num_simulations)
+    uniform = torch.randint(num_draws + 1, shape, generator=rng.make_generator(seed))
+    ordered = _envelope_statistic(uniform, num_draws).sort().values
+    return float(ordered[int((1.0 - level) * num_null)])
 
 
 def _envelope_statistic(ranks: Tensor, num_draws: int) -> Tensor:

@@ -1,0 +1,36 @@
+"""Pictures that ArviZ does not draw. Each returns the axes or the figure it drew on.
+
+Single pictures take ``ax=`` and make fresh axes without it; save them by
+``ax.figure.savefig(path)``. Figures are made outside pyplot: no window opens, no display is
+needed, nothing has to be closed.
+"""
+
+from __future__ import annotations
+
+from bayesgen.plots.checks import (
+    agreement,
+    occupied,
+    p_values,
+    predictive_check,
+    prior_exploration,
+    ranks,
+    reasons,
+    trace,
+)
+from bayesgen.plots.densities import components, density, labels, pairs, responsibilities
+
+__all__ = [
+    "agreement",
+    "components",
+    "density",
+    "labels",
+    "occupied",
+    "p_values",
+    "pairs",
+    "predictive_check",
+    "prior_exploration",
+    "ranks",
+    "reasons",
+    "responsibilities",
+    "trace",
+]
