@@ -30,6 +30,32 @@ from bayesgen.distributions.partial import (
 __all__ = ["StudentTMixture"]
 
 
+def _as_logits(owner: str, weights: Tensor | None, logits: Tensor | None, like: Tensor) -> Tensor:
+    if weights is not None and logits is None:
+        # A negative weight becomes NaN, which the checks then report.
+        return as_parameter(weights, like).log()
+    if logits is not None and weights is None:
+        return as_parameter(logits, like)
+    raise ValueError(f"{owner}: give exactly one of weights and logits.")
+
+
+def _check(owner: str, logits: Tensor, df: Tensor, loc: Tensor, scale_tril: Tensor) -> None:
+    """Raise ``ValueError`` that names the first impossible argument."""
+    check_cholesky(owner, "scale_tril", scale_tril)
+    if not bool(torch.isfinite(torch.logsumexp(logits, -1)).all()):
+        raise ValueError(
+            f"{owner}: weights must be finite, not negative, and not all of them zero; logits "
+            f"must not be NaN or inf, and not all of them -inf."
+        )
+    if not bool(torch.isfinite(loc).all()):
+        raise ValueError(f"{owner}: loc holds NaN or infinite entries; it must be finite.")
+    if not bool((torch.isfinite(df) & (df > 0)).all()):
+        raise ValueError(
+            f"{owner}: df must be positive and finite, but the smallest given is "
+            f"{df.min().item():g} and the largest {df.max().item():g}."
+        )
+
+
 class StudentTMixture(TorchDistribution):
     r"""Mixture of multivariate Student-t distributions, with missing entries integrated out.
 
@@ -81,37 +107,18 @@ class StudentTMixture(TorchDistribution):
         validate_args: bool | None = None,
     ) -> None:
         owner = type(self).__name__
-        validate = self._validate_args if validate_args is None else validate_args
-        if (weights is None) == (logits is None):
-            raise ValueError(f"{owner}: give exactly one of weights and logits.")
+        validate: bool = self._validate_args if validate_args is None else validate_args
         if scale_tril.dim() < 3 or scale_tril.shape[-1] != scale_tril.shape[-2]:
             raise ValueError(
                 f"{owner}: scale_tril has shape {tuple(scale_tril.shape)}, but it must be "
                 f"(..., K, d, d)."
             )
         loc, df = as_parameter(loc, scale_tril), as_parameter(df, scale_tril)
-        if weights is not None:
-            weights = as_parameter(weights, scale_tril)
-            valid = (
-                (weights >= 0).all(-1) & torch.isfinite(weights).all(-1) & (weights.sum(-1) > 0)
-            )
-            if validate and not bool(valid.all()):
-                raise ValueError(
-                    f"{owner}: weights must be finite and not negative, and not all of them zero."
-                )
-            logits = weights.log()
-        assert logits is not None
-        logits = as_parameter(logits, scale_tril)
+        logits = _as_logits(owner, weights, logits, scale_tril)
         if validate:
-            check_cholesky(owner, "scale_tril", scale_tril)
-            if not bool(torch.isfinite(torch.logsumexp(logits, -1)).all()):
-                raise ValueError(f"{owner}: logits must be below inf, and not all of them -inf.")
-            if not bool(torch.isfinite(loc).all()):
-                raise ValueError(f"{owner}: loc holds NaN or infinite entries; it must be finite.")
-            if not bool((torch.isfinite(df) & (df > 0)).all()):
-                raise ValueError(f"{owner}: df must be positive and finite, got {df}.")
+            _check(owner, logits, df, loc, scale_tril)
         self._set(logits, df, loc, scale_tril)
-        self._validate_args = validate
+        self._validate_args: bool = validate
 
     def _set(self, logits: Tensor, df: Tensor, loc: Tensor, scale_tril: Tensor) -> None:
         dim = scale_tril.shape[-1]

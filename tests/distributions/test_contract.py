@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from pyro.distributions.testing.gof import auto_goodness_of_fit
-from torch.distributions import biject_to, kl_divergence, transform_to
+from torch.distributions import biject_to, constraints, kl_divergence, transform_to
+from torch.fx.experimental.proxy_tensor import make_fx
 
+from bayesgen.distributions import NormalInverseWishart
 from tests.distributions.cases import CASES, OTHERS, flat, flat_log_prob, spread, z_score
 
 NAMES = sorted(CASES)
@@ -210,3 +212,35 @@ def test_density_runs_under_vmap(name):
     torch.testing.assert_close(mapped, flat_log_prob(case, vector))
     gradient = torch.func.vmap(torch.func.grad(lambda v: flat_log_prob(quiet, v)))(vector)
     assert torch.isfinite(gradient).all()
+
+
+def test_torch_constraints_gain_a_bijection():
+    """PyTorch's own distributions over matrices become usable priors as well."""
+    for constraint in (constraints.lower_cholesky, constraints.positive_definite):
+        vector = torch.linspace(-1.0, 1.0, 6, dtype=F64)
+        value = biject_to(constraint)(vector)
+        assert constraint.check(value)
+        torch.testing.assert_close(biject_to(constraint).inv(value), vector)
+    with pytest.raises(ValueError, match="d \\(d \\+ 1\\) / 2"):
+        biject_to(constraints.lower_cholesky)(torch.zeros(4))
+    # What torch registers for optimisation stays as it was.
+    assert transform_to(constraints.lower_cholesky)(torch.zeros(3, 3)).shape == (3, 3)
+
+
+def test_the_gradient_of_a_density_traces_into_a_graph():
+    """DESIGN.md, idea 1: a pure graph of value and gradient, mapped over chains."""
+    dist = NormalInverseWishart(0.0, 1.0, 5.0, torch.eye(3, dtype=F64), validate_args=False)
+
+    def step(vector):
+        vector = vector.detach().requires_grad_()
+        value = flat_log_prob(dist, vector)
+        return value, torch.autograd.grad(value, vector)[0]
+
+    start = torch.linspace(-1.0, 1.0, 9, dtype=F64)
+    graph = make_fx(torch.func.vmap(make_fx(step)(start)))(start.expand(4, 9).clone())
+    moved = torch.stack([start, 0.5 * start, -start, 2.0 * start])
+    value, gradient = graph(moved)
+    for i, each in enumerate(moved):
+        expected_value, expected_gradient = step(each)
+        torch.testing.assert_close(value[i], expected_value)
+        torch.testing.assert_close(gradient[i], expected_gradient)

@@ -180,7 +180,7 @@ LOC, SCALE = torch.zeros(3, 2, dtype=F64), factor(2, 0, 3)
 IMPOSSIBLE = [
     (lambda: StudentTMixture(None, 3.0, LOC, SCALE), "exactly one"),
     (lambda: StudentTMixture(WEIGHTS, 3.0, LOC, SCALE, logits=WEIGHTS), "exactly one"),
-    (lambda: StudentTMixture(-WEIGHTS, 3.0, LOC, SCALE), "weights must be finite"),
+    (lambda: StudentTMixture(-WEIGHTS, 3.0, LOC, SCALE), "weights must be finite, not negative"),
     (lambda: StudentTMixture(0 * WEIGHTS, 3.0, LOC, SCALE), "not all of them zero"),
     (lambda: StudentTMixture(None, 3.0, LOC, SCALE, logits=WEIGHTS * math.nan), "logits"),
     (lambda: StudentTMixture(WEIGHTS, 0.0, LOC, SCALE), "df must be positive"),
