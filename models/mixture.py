@@ -27,7 +27,7 @@ from bayesgen.conjugate import Local
 from bayesgen.models.families import family_class
 from bayesgen.models.families.gaussian import Gaussian
 from bayesgen.models.families.mixing import Mixing
-from bayesgen.priors import prior_from_config, prior_to_config
+from bayesgen.priors import describe, prior_from_config, prior_to_config
 from bayesgen.symmetry import LabelPermutation
 
 if TYPE_CHECKING:
@@ -129,6 +129,12 @@ class Mixture(Model, Program, Scored, Generative, Encoder, Conditional, Symmetri
                 )
         Mixing(k, self.priors.get("weights"))
 
+    def __repr__(self) -> str:
+        lines = [f"Mixture of {self.num_components} components: {self.family.describe()}"]
+        shown = self.all_priors if self.bound else dict(self.priors)
+        lines += [f"  {site} ~ {describe(prior)}" for site, prior in shown.items()]
+        return "\n".join(lines)
+
     # ------------------------------------------------------------ Model
     def bind(self, data: Dataset) -> Self:
         own = {site: prior for site, prior in self.priors.items() if site != "weights"}
@@ -154,10 +160,12 @@ class Mixture(Model, Program, Scored, Generative, Encoder, Conditional, Symmetri
 
     @property
     def dims(self) -> dict[str, tuple[str, ...]]:
-        return {**self.mixing.dims, **self.family.dims}
+        invariant = {"mean": ("column",), "covariance": ("column", "column_2")}
+        return {**self.mixing.dims, **self.family.dims, **invariant}
 
     def coords(self) -> dict[str, list[Any]]:
-        return {"component": list(range(self.num_components)), **self.family.coords()}
+        own = self.family.coords()
+        return {"component": list(range(self.num_components)), "column_2": own["column"], **own}
 
     def to_config(self) -> dict[str, Any]:
         return {

@@ -44,6 +44,10 @@ class Family(ABC):
     def bind(self, data: Dataset, num_components: int, priors: Mapping[str, Any]) -> Self:
         """A copy for these columns, with ``priors`` checked and defaults scaled to the data."""
 
+    @abstractmethod
+    def describe(self) -> str:
+        """The family in a few words, such as ``"Gaussian, full covariance"``."""
+
     @property
     @abstractmethod
     def block(self) -> Block:

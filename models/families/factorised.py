@@ -219,6 +219,9 @@ class Factorised(Family):
             raise ValueError("the model is not bound to data yet: call bind(as_dataset(x)) first.")
         return len(self.columns)
 
+    def describe(self) -> str:
+        return f"{type(self).__name__}, columns independent given the component"
+
     def coords(self) -> dict[str, list[Any]]:
         return {"column": list(self.columns)}
 

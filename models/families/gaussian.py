@@ -142,6 +142,9 @@ class Gaussian(Family):
             given=dict(priors),
         )
 
+    def describe(self) -> str:
+        return "Gaussian, one covariance for all" if self.tied else "Gaussian, full covariance"
+
     @property
     def _centre(self) -> Tensor:
         if self.offset is None:
