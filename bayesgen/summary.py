@@ -110,28 +110,25 @@ class Summary:
         if len(r_hat) and r_hat.max() > limit:
             count = int((r_hat > limit).sum())
             found.append(
-                f"R-hat is {r_hat.max():.3g} for {r_hat.idxmax()}, above {limit:.3g} for {count} entries"
+                f"R-hat is {r_hat.max():.3g} for {r_hat.idxmax()}, "
+                f"and above {limit:.3g} for {count} entries"
             )
         if len(ess) and ess.min() < wanted:
             found.append(f"the effective sample size is only {ess.min():.0f} for {ess.idxmin()}")
         return found
 
     def _judged(self) -> list[str]:
-        """Names of the entries that bear on the verdict: all but those of empty components.
-
-        When labels are ambiguous only the invariants are judged, if the model states any.
-        """
-        fixed = self._names(invariants(self.fit))
-        if self.fit.aligned.is_ambiguous and fixed:
-            return fixed
-        empty = set(self.fit.aligned.empty)
+        """Entries that bear on the verdict: none of empty or confused components."""
+        aligned = self.fit.aligned
+        readable = None if aligned.elements is None else set(aligned.identified)
         names = []
         for name, value in self._chosen.items():
             labels = self._labels(name, value)
             dims = self.fit.model.dims.get(name, ())
             axis = dims.index("component") if "component" in dims else None
             keep = [
-                axis is None or index[axis] not in empty for index in np.ndindex(*value.shape[2:])
+                axis is None or readable is None or index[axis] in readable
+                for index in np.ndindex(*value.shape[2:])
             ]
             names += [label for label, kept in zip(labels, keep, strict=True) if kept]
         return names
@@ -164,9 +161,8 @@ class Summary:
         return f"fitted by {engine}({inside}) to {size}{seconds}"
 
     def _shown(self) -> str:
-        judged = [name for name in self._judged() if name in self.table.index]
-        if self.fit.aligned.is_ambiguous:
-            judged = self._names(invariants(self.fit)) or judged
+        moving = self.table["sd"] != 0.0  # the zeros of a triangle say nothing
+        judged = [name for name in self._judged() if moving[name]]
         table = self.table.loc[judged[:_SHOWN]]
         keep = [c for c in table.columns if not c.startswith("mcse")]
         text = table[keep].to_string(float_format=lambda v: f"{v:.4g}")

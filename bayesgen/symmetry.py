@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Alignment", "LabelPermutation", "Symmetry", "align", "match"]
 
 _SMOOTHING = 1e-6  # keeps log(reference) finite where the reference draw gives a row no weight
+_SETTLED = 1e-6  # relative change of the mean cost at which relabelling ends
 _AMBIGUOUS = 0.05  # a pair is confused when this share of its draws could as well be swapped
 
 
@@ -62,6 +63,14 @@ class Alignment:
     empty: tuple[int, ...] = ()
     confused: tuple[tuple[int, int], ...] = ()
     num_steps: int = 0
+
+    @property
+    def identified(self) -> tuple[int, ...]:
+        """Components that are neither empty nor confused with another: those that can be read."""
+        if self.occupancy is None:
+            return ()
+        taken = {k for pair in self.confused for k in pair} | set(self.empty)
+        return tuple(k for k in range(len(self.occupancy)) if k not in taken)
 
 
 class Symmetry(ABC):
@@ -342,14 +351,15 @@ def _relabel(
     identity = torch.arange(costs.num_components).expand(costs.num_draws, -1)
     permutations, everything = identity, torch.arange(costs.num_draws)
     reference = costs.reference(permutations, torch.tensor([start]))
-    matrix, step = costs.matrix(reference), 0
-    for step in range(1, max_steps + 1):
-        proposed = _assign(matrix)
-        settled = step > 1 and bool((proposed == permutations).all())
-        permutations = proposed
-        if settled:
-            break
+    matrix, step, last = costs.matrix(reference), 0, torch.inf
+    while step < max_steps:
+        step += 1
+        permutations = _assign(matrix)
         matrix = costs.matrix(costs.reference(permutations, everything))
+        cost = float(matrix.gather(1, permutations.unsqueeze(1)).sum(-1).mean())
+        if cost > last - _SETTLED * (1.0 + abs(last)):
+            break  # only empty components still change places
+        last = cost
     return permutations, matrix.gather(1, permutations[..., None].expand_as(matrix)), step
 
 
@@ -405,14 +415,17 @@ def _message(
     ambiguity: Tensor, confused: tuple[tuple[int, int], ...], empty: tuple[int, ...]
 ) -> str:
     if confused:
-        worst = sorted(confused, key=lambda pair: -float(ambiguity[pair]))[:5]
-        pairs = ", ".join(f"{a} and {b} ({float(ambiguity[a, b]):.0%})" for a, b in worst)
+        worst = sorted(confused, key=lambda pair: -float(ambiguity[pair]))[:4]
+        pairs = ", ".join(f"{a} and {b} in {float(ambiguity[a, b]):.0%}" for a, b in worst)
+        names = ", ".join(str(k) for k in sorted({k for pair in confused for k in pair}))
         text = (
-            f"labels are ambiguous: components {pairs} could as well be swapped in that share "
-            "of the draws; read the label-invariant quantities instead"
+            f"labels of components {names} are ambiguous: some could as well be swapped ({pairs} "
+            "of the draws); read the label-invariant quantities instead of theirs"
         )
     else:
         text = "labels are identified"
-    if empty:
-        text += f"; {len(empty)} empty component(s) from {empty[0]} on are exchangeable by nature"
+    if len(empty) == 1:
+        text += f"; component {empty[0]} is empty"
+    elif empty:
+        text += f"; {len(empty)} components are empty, exchangeable by nature"
     return text
