@@ -48,7 +48,8 @@ def match_columns(raw: RawTable, schema: Schema) -> list[int]:
             f"{shorten(raw.names)}. Rename the columns, fill an unknown one with NaN, or pass "
             f"an array without names to match by position."
         )
-    extra = [name for name in raw.names if name not in schema.columns]
+    known = set(schema.columns)
+    extra = [name for name in raw.names if name not in known]
     if extra:
         raise ValueError(
             f"unknown column{'s' * (len(extra) > 1)} {shorten(extra)}; needed are "

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bayesgen.schema import check_unique
 from bayesgen.tables.arrays import from_array
 from bayesgen.tables.columns import check_exact, codes_column, factorise, refuse, text_or_numbers
 from bayesgen.tables.raw import RawColumn, RawTable, Type, stack
@@ -38,12 +39,7 @@ def from_pandas(x: object) -> RawTable | None:
 
 def _names(given: Sequence[object]) -> list[str]:
     names = [str(name) for name in given]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(
-                f"column {name!r} occurs more than once; keep the first, in pandas by "
-                f"frame.loc[:, ~frame.columns.duplicated()], or rename."
-            )
+    check_unique(names)
     return names
 
 

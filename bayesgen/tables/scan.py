@@ -48,20 +48,20 @@ class SchemaScan:
     def update(self, raw: RawTable) -> None:
         """Take in the next rows."""
         check_finite(raw, self.names, self.num_rows)
+        observed = ~raw.values.isnan()
+        counts = observed.sum(0).tolist()
+        negative = (raw.values < 0).any(0).tolist()
         for i, name in enumerate(self.names):
-            values = raw.values[:, i]
-            observed = ~values.isnan()
-            num_observed = int(observed.sum())
-            if num_observed == 0:
+            if counts[i] == 0:
                 continue
             seen = self._seen[i]
-            seen.num_observed += num_observed
+            seen.num_observed += counts[i]
             seen.types.add(raw.types[i])
             if raw.types[i] == "text":
-                self._see_text(seen, raw, i, observed)
+                self._see_text(seen, raw, i, observed[:, i])
             else:
-                self._see_numbers(seen, values[observed])
-                self._see_wanted(seen, raw, i, self.kinds.get(name))
+                seen.negative |= negative[i]
+                self._see_numbers(seen, raw, i, self.kinds.get(name))
             if len(seen.levels) > MAX_LEVELS:
                 raise ValueError(
                     f"column {name!r} has more than {MAX_LEVELS} levels: it looks like an "
@@ -69,13 +69,12 @@ class SchemaScan:
                 )
         self.num_rows += len(raw.values)
 
-    def _see_numbers(self, seen: _Seen, observed: Tensor) -> None:
-        seen.negative |= bool((observed < 0).any())
-        seen.fractional |= bool((observed != observed.floor()).any())
-
-    def _see_wanted(self, seen: _Seen, raw: RawTable, i: int, wanted: Kind | None) -> None:
-        """What only matters for numbers that are to be binary or categories."""
+    def _see_numbers(self, seen: _Seen, raw: RawTable, i: int, wanted: Kind | None) -> None:
+        """What only matters for numbers that are to be something in particular."""
+        if wanted in (None, "real"):
+            return
         values = raw.values[:, i]
+        seen.fractional |= bool(((values != values.floor()) & ~values.isnan()).any())
         if wanted == "binary" and seen.not_binary is None:
             bad = (values != 0) & (values != 1) & ~values.isnan()
             if bool(bad.any()):

@@ -88,9 +88,10 @@ class SelectedSource(Source):
 
 def _keep(names: Sequence[str], columns: Collection[str]) -> tuple[str, ...]:
     """The columns of a file that are to be read."""
-    if absent := [name for name in columns if name not in names]:
+    known, wanted = set(names), set(columns)
+    if absent := [name for name in columns if name not in known]:
         raise ValueError(f"there is no column {shorten(absent)}; there are {shorten(names)}.")
-    return tuple(name for name in names if name in columns)
+    return tuple(name for name in names if name in wanted)
 
 
 class ArraySource(Source):

@@ -12,6 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bayesgen.data import Dataset, as_dataset
 from bayesgen.tables import rows as rows_module
@@ -184,3 +186,25 @@ def test_streaming_needs_flat_memory(tmp_path: Path, suffix: str) -> None:
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert int(out[0]) == n
     assert float(out[1]) < 90, f"{out[1]} MB more at the peak"
+
+
+@given(
+    records=st.lists(
+        st.tuples(st.text('ab",; \n\u00e9', max_size=12), st.floats(-10, 10)),
+        min_size=1,
+        max_size=40,
+    ),
+    block=st.integers(1, 200),
+)
+@settings(max_examples=60, deadline=None)
+def test_csv_is_split_between_records_only(
+    records: list[tuple[str, float]], block: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    table = pd.DataFrame(records, columns=["k", "x"])
+    table["k"] = "k" + table["k"] + "k"
+    path = tmp_path_factory.mktemp("csv") / "t.csv"
+    table.to_csv(path, index=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources_module, "BLOCK_BYTES", block)
+        data = as_dataset(path, in_memory=False, kinds={"k": "category"})
+        assert data.fingerprint() == as_dataset(table, kinds={"k": "category"}).fingerprint()
