@@ -22,7 +22,7 @@ __all__: list[str] = []
 
 
 def two_clusters(columns: int, num_rows: int = 120) -> torch.Tensor:
-    x = rng.standard_normal((num_rows, columns), rng.make_generator(0))
+    x = rng.standard_normal((num_rows, columns), rng.make_generator(num_rows + 2))
     x[::2] += 6.0
     return x
 
@@ -47,7 +47,7 @@ def space() -> Fit:
 def verdict(plane) -> outliers.Outliers:
     new = two_clusters(2, 30)
     new[:5] = torch.tensor([-6.0, 10.0], dtype=torch.float64)
-    return outliers.outliers(plane, new, calibration=two_clusters(2, 400), fdr=0.02)
+    return outliers.outliers(plane, new, calibration=two_clusters(2, 4000), fdr=0.01)
 
 
 def draw(picture: Axes | Figure) -> None:
