@@ -160,12 +160,10 @@ class Mixture(Model, Program, Scored, Generative, Encoder, Conditional, Symmetri
 
     @property
     def dims(self) -> dict[str, tuple[str, ...]]:
-        invariant = {"mean": ("column",), "covariance": ("column", "column_2")}
-        return {**self.mixing.dims, **self.family.dims, **invariant}
+        return {**self.mixing.dims, **self.family.dims, **self.family.invariant_dims}
 
     def coords(self) -> dict[str, list[Any]]:
-        own = self.family.coords()
-        return {"component": list(range(self.num_components)), "column_2": own["column"], **own}
+        return {"component": list(range(self.num_components)), **self.family.coords()}
 
     def to_config(self) -> dict[str, Any]:
         return {
@@ -191,7 +189,7 @@ class Mixture(Model, Program, Scored, Generative, Encoder, Conditional, Symmetri
             )
         total = len(batch) if num_rows is None else num_rows
         weights = self.mixing.program()
-        values = self.family.program()
+        values = self.family.program(pyro.plate("components", self.num_components, dim=-1))
         # Vectorised particles put the plate's dimension of size one between themselves and K.
         weights = weights.squeeze(-2) if weights.ndim > 1 else weights
         rows = torch.arange(len(batch), device=batch.device)

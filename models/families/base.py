@@ -97,7 +97,12 @@ class Family(ABC):
 
     @abstractmethod
     def invariants(self, weights: Tensor, values: Tensors) -> dict[str, Tensor]:
-        """Quantities of the mixture that do not depend on labels: ``mean (..., d)`` and ``covariance``."""
+        """Quantities of the mixture that do not depend on labels, such as its mean ``(..., d)``."""
+
+    @property
+    def invariant_dims(self) -> dict[str, tuple[str, ...]]:
+        """Event dimensions of :meth:`invariants`."""
+        return {"mean": ("column",), "covariance": ("column", "column_2")}
 
     # ------------------------------------------------------------ data -> scores -> statistics
     @abstractmethod
@@ -158,8 +163,13 @@ class Family(ABC):
         """One row ``(m, d)`` for each of ``m`` draws of the sites and labels ``(m,)``."""
 
     @abstractmethod
-    def program(self) -> dict[str, Tensor]:
-        """Pyro statements that sample the sites of all components; returns them in the data's units."""
+    def program(self, plate: Any, prefix: str = "") -> dict[str, Tensor]:
+        """Pyro statements that sample the sites of all components; returns them in the data's units.
+
+        Args:
+            plate: The plate of the components, ``dim=-1``.
+            prefix: Put before the names of the Pyro sites; the returned names are without it.
+        """
 
     @abstractmethod
     def export(self, values: Tensors) -> dict[str, Tensor]:

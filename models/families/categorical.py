@@ -223,6 +223,10 @@ class Categorical(Factorised):
     def to(self, device: torch.device) -> Self:
         return replace(self, shares=self._shares.to(device))
 
+    @property
+    def invariant_dims(self) -> dict[str, tuple[str, ...]]:
+        return {"marginal_probs": ("column", "level")}
+
     def invariants(self, weights: Tensor, values: Tensors) -> dict[str, Tensor]:
         return {"marginal_probs": (weights[..., None, None] * values["probs"]).sum(-3)}
 
@@ -269,23 +273,22 @@ class Categorical(Factorised):
         return rng.categorical(probs.log(), generator, dim=-1).to(probs.dtype)
 
     # ------------------------------------------------------------ the Pyro program
-    def program(self) -> dict[str, Tensor]:
+    def program(self, plate: Any, prefix: str = "") -> dict[str, Tensor]:
         prior, levels = one_prior(self.priors, "probs", None), self._levels
-        plate = pyro.plate("components", self.num_components, dim=-1)
         concentration = self._concentration
         if concentration is None or len(set(self.sizes)) == 1:
             if concentration is not None:
                 prior = dist.Dirichlet(levels.pad(concentration, 1.0))
-            return {"probs": sample_site("probs", prior, 2, plate)}
+            return {"probs": sample_site(prefix + "probs", prior, 2, plate)}
         parts = [
             torch.nn.functional.pad(
-                sample_site(f"probs_{j}", dist.Dirichlet(part), 1, plate),
+                sample_site(f"{prefix}probs_{j}", dist.Dirichlet(part), 1, plate),
                 (0, levels.most - len(part)),
             )
             for j, part in enumerate(concentration.split(self.sizes))
         ]
-        probs: Tensor = pyro.deterministic("probs", torch.stack(parts, dim=-2), event_dim=2)
-        return {"probs": probs}
+        probs = torch.stack(parts, dim=-2)
+        return {"probs": pyro.deterministic(prefix + "probs", probs, event_dim=2)}
 
 
 def _pack(log_probs: Tensor) -> Tensor:

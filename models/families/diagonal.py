@@ -91,6 +91,9 @@ class DiagonalGaussian(Factorised):
             given=self._checked(priors, len(offset)),
         )
 
+    def describe(self) -> str:
+        return f"Gaussian, {'spherical' if self.spherical else 'diagonal'} covariance"
+
     def _checked(self, priors: Mapping[str, Any], d: int) -> dict[str, Any]:
         given = dict(priors)
         apart = [site for site in ("loc", "variance") if site in given]
@@ -309,21 +312,21 @@ class DiagonalGaussian(Factorised):
         return loc + noise * (variance.unsqueeze(-1) if self.spherical else variance).sqrt()
 
     # ------------------------------------------------------------ the Pyro program
-    def program(self) -> dict[str, Tensor]:
+    def program(self, plate: Any, prefix: str = "") -> dict[str, Tensor]:
         priors, values = self.priors, {}
-        plate = pyro.plate("components", self.num_components, dim=-1)
         if "loc" in priors:
             return {
-                "loc": sample_site("loc", priors["loc"], 1, plate),
+                "loc": sample_site(prefix + "loc", priors["loc"], 1, plate),
                 "variance": sample_site(
-                    "variance", priors["variance"], 0 if self.spherical else 1, plate
+                    prefix + "variance", priors["variance"], 0 if self.spherical else 1, plate
                 ),
             }
         prior = priors["components"]
         if isinstance(prior, HierarchicalNormalInverseWishart):
             rate = prior.rate[0] if self.spherical else prior.rate
             gamma = dist.Gamma(torch.full_like(rate, float(prior.shape)), rate)
-            scale = pyro.sample("column_scale", gamma if self.spherical else gamma.to_event(1))
+            law = gamma if self.spherical else gamma.to_event(1)
+            scale = pyro.sample(prefix + "column_scale", law)
             values["column_scale"] = scale
             half = 0.5 * scale.unsqueeze(-1) if self.spherical else 0.5 * scale
             kappa = float(prior.mean_precision)
@@ -334,11 +337,13 @@ class DiagonalGaussian(Factorised):
         with plate:
             if self.spherical:
                 law = dist.InverseGamma(marginal.concentration[..., 0], marginal.rate[..., 0])
-                variance = pyro.sample("variance", law)
-                loc = pyro.sample("loc", prior.loc_given(variance.unsqueeze(-1)).to_event(1))
+                variance = pyro.sample(prefix + "variance", law)
+                loc = pyro.sample(
+                    prefix + "loc", prior.loc_given(variance.unsqueeze(-1)).to_event(1)
+                )
             else:
-                variance = pyro.sample("variance", marginal.to_event(1))
-                loc = pyro.sample("loc", prior.loc_given(variance).to_event(1))
+                variance = pyro.sample(prefix + "variance", marginal.to_event(1))
+                loc = pyro.sample(prefix + "loc", prior.loc_given(variance).to_event(1))
         return {**values, "loc": loc, "variance": variance}
 
 

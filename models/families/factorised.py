@@ -223,7 +223,7 @@ class Factorised(Family):
         return f"{type(self).__name__}, columns independent given the component"
 
     def coords(self) -> dict[str, list[Any]]:
-        return {"column": list(self.columns)}
+        return {"column": list(self.columns), "column_2": list(self.columns)}
 
     # ------------------------------------------------------------ data -> scores -> statistics
     def _product(self, observed: Batch, natural: Tensor) -> Tensor:
@@ -353,6 +353,5 @@ class OneSite(Factorised):
         assert self.scale is not None
         return replace(self, centre=self._mean.to(device), scale=self.scale.to(device))
 
-    def program(self) -> dict[str, Tensor]:
-        plate = pyro.plate("components", self.num_components, dim=-1)
-        return {self._site: sample_site(self._site, self._prior, 1, plate)}
+    def program(self, plate: Any, prefix: str = "") -> dict[str, Tensor]:
+        return {self._site: sample_site(prefix + self._site, self._prior, 1, plate)}

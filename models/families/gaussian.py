@@ -369,15 +369,14 @@ class Gaussian(Family):
         return loc + (factor @ noise.unsqueeze(-1)).squeeze(-1)
 
     # ------------------------------------------------------------ the Pyro program
-    def program(self) -> dict[str, Tensor]:
+    def program(self, plate: Any, prefix: str = "") -> dict[str, Tensor]:
         priors, values = self.priors, {}
-        plate = pyro.plate("components", self.num_components, dim=-1)
         if "loc" in priors:
-            return self._program_by_site(priors, plate)
+            return self._program_by_site(priors, plate, prefix)
         prior = priors["components"]
         if isinstance(prior, HierarchicalNormalInverseWishart):
             shape = torch.full_like(prior.rate, prior.shape)
-            scale = pyro.sample("column_scale", dist.Gamma(shape, prior.rate).to_event(1))
+            scale = pyro.sample(prefix + "column_scale", dist.Gamma(shape, prior.rate).to_event(1))
             values["column_scale"] = scale
             prior = NormalInverseWishart(
                 prior.loc,
@@ -389,22 +388,24 @@ class Gaussian(Family):
             prior = prior()
         covariance: InverseWishartCholesky = prior.scale_tril_marginal()
         if self.tied:
-            factor = pyro.sample("scale_tril", covariance)
+            factor = pyro.sample(prefix + "scale_tril", covariance)
             with plate:
-                loc = pyro.sample("loc", prior.loc_given(factor))
+                loc = pyro.sample(prefix + "loc", prior.loc_given(factor))
         else:
             with plate:
-                factor = pyro.sample("scale_tril", covariance)
-                loc = pyro.sample("loc", prior.loc_given(factor))
+                factor = pyro.sample(prefix + "scale_tril", covariance)
+                loc = pyro.sample(prefix + "loc", prior.loc_given(factor))
         return {**values, "loc": loc, "scale_tril": factor}
 
-    def _program_by_site(self, priors: Mapping[str, Any], plate: Any) -> dict[str, Tensor]:
+    @staticmethod
+    def _program_by_site(priors: Mapping[str, Any], plate: Any, prefix: str) -> dict[str, Tensor]:
         values = {}
         with plate:
             for site, event_dim in (("loc", 1), ("scale_tril", 2)):
-                prior = (
-                    priors[site] if isinstance(priors[site], dist.Distribution) else priors[site]()
+                prior = priors[site]
+                law = prior if isinstance(prior, dist.Distribution) else prior()
+                missing = event_dim - len(law.event_shape)
+                values[site] = pyro.sample(
+                    prefix + site, law.to_event(missing) if missing > 0 else law
                 )
-                missing = event_dim - len(prior.event_shape)
-                values[site] = pyro.sample(site, prior.to_event(missing) if missing > 0 else prior)
         return values

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -96,10 +97,15 @@ class NormalInverseWishartBlock(Block):
     def _num_covariances(self) -> int:
         return 1 if self.tied else self.num_components
 
+    @cached_property
+    def _scale_log_det(self) -> Tensor:
+        assert self.scale is not None
+        return torch.logdet(self.scale)
+
     def _expected_scale(self, previous: Tensors | None) -> tuple[Tensor, Tensor]:
         """``E[Psi_0]`` and ``E[log |Psi_0|]`` under the hyperparameters' posterior."""
         if self.scale is not None:
-            return self.scale, torch.logdet(self.scale)
+            return self.scale, self._scale_log_det
         assert self.shape is not None and self.rate is not None
         if previous is not None and "column_scale" in previous:
             s = previous["column_scale"]

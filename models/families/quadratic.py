@@ -95,12 +95,16 @@ def pack_natural(constant: Tensor, linear: Tensor, precision: Tensor) -> Tensor:
     p = linear.shape[-1]
     i, j = _triangle(p, linear.device)
     scale = torch.where(i == j, -0.5, -1.0).to(linear.dtype)
-    shape = torch.broadcast_shapes(constant.shape, linear.shape[:-1], precision.shape[:-2])
+    # By hand: torch.broadcast_shapes costs as much as the rest of this function.
+    packed = precision[..., i, j] * scale
+    shape = linear.shape[:-1]
+    if packed.ndim > linear.ndim or constant.ndim > len(shape):
+        shape = torch.broadcast_shapes(constant.shape, shape, packed.shape[:-1])
     return torch.cat(
         [
             constant.expand(shape).unsqueeze(-1),
             linear.expand(*shape, p),
-            (precision[..., i, j] * scale).expand(*shape, len(i)),
+            packed.expand(*shape, len(i)),
         ],
         dim=-1,
     )
