@@ -79,7 +79,7 @@ class Gibbs(Engine[GibbsState]):
     num_samples: int = 1000
     num_warmup: int = 500
     thinning: int = 1
-    num_moves: int = 2
+    num_moves: int = 1
     batch_size: int | None = None
     dtype: torch.dtype = torch.float64
     device: str = "cpu"
