@@ -73,16 +73,13 @@ def check_reproducible(case: EngineCase) -> None:
 
 def check_globals(case: EngineCase) -> None:
     """The global generators, the default dtype and Pyro's store are untouched."""
-    import random
-
     import pyro
 
-    torch_state, python_state = torch.get_rng_state(), random.getstate()
+    torch_state = torch.get_rng_state()
     numpy_state = np.random.get_state(legacy=False)["state"]["key"]  # noqa: NPY002 - the global one is under test
     dtype = torch.get_default_dtype()
     case.run()
     assert torch.equal(torch.get_rng_state(), torch_state), "drew from torch's global generator"
-    assert random.getstate() == python_state, "drew from Python's global generator"
     after = np.random.get_state(legacy=False)["state"]["key"]  # noqa: NPY002
     assert np.array_equal(after, numpy_state), "drew from numpy's global generator"
     assert torch.get_default_dtype() == dtype, "changed the default dtype"
