@@ -28,6 +28,7 @@ from bayesgen.models.families.quadratic import (
     moments,
     num_features,
 )
+from bayesgen.models.families.spread import conditional_scales
 from bayesgen.priors import HierarchicalNormalInverseWishart, check_prior
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Gaussian", "column_scales", "full_log_prob", "quadratic_scores"]
 
+_MEAN_PRECISION = 0.01
+# Spread expected within a component, as a share of that of the whole data.
+_WITHIN = 0.5
 _LOG_2PI = math.log(2.0 * math.pi)
 
 
@@ -81,8 +85,10 @@ class Gaussian(Family):
     r"""Gaussian components :math:`x \mid k \sim \mathrm{N}(\mu_k, \Sigma_k)`.
 
     The default prior is normal-inverse-Wishart, weakly informative and scaled to the data: the mean's
-    prior sits at the data's mean and is worth a hundredth of an observation, the covariance's has
-    ``d + 2`` degrees of freedom and mean ``diag(var) / K^(2/d)``.
+    prior sits at the data's mean and is worth a hundredth of an observation; the covariance's has
+    ``d + 2`` degrees of freedom and a diagonal scale matrix, such that each column given the others is
+    expected to spread half as far within a component as in the data as a whole. It does not depend on
+    the number of components, which may thus be a generous upper bound.
 
     References:
         Fraley & Raftery (2007). Bayesian regularization for normal mixture estimation and model-based
@@ -96,6 +102,7 @@ class Gaussian(Family):
     num_components: int = 0
     offset: Tensor | None = None
     scale: Tensor | None = None
+    spread: Tensor | None = None
     columns: tuple[str, ...] = ()
     given: Mapping[str, Any] | None = None
 
@@ -138,6 +145,7 @@ class Gaussian(Family):
             num_components=num_components,
             offset=offset,
             scale=scale,
+            spread=None if priors else conditional_scales(data, offset, scale),
             columns=data.columns,
             given=dict(priors),
         )
@@ -167,13 +175,14 @@ class Gaussian(Family):
 
     @property
     def _default(self) -> NormalInverseWishart:
-        assert self.scale is not None
-        d = self._d
+        assert self.spread is not None
+        df = self._d + 2.0
+        # E[precision]_jj = df / scale_jj: the conditional variance expected is (spread / 2)^2.
         return NormalInverseWishart(
             self._centre,
-            torch.tensor(0.01, dtype=torch.float64),
-            torch.tensor(d + 2.0, dtype=torch.float64),
-            torch.diag(self.scale) / self.num_components ** (1.0 / d),
+            torch.tensor(_MEAN_PRECISION, dtype=torch.float64),
+            torch.tensor(df, dtype=torch.float64),
+            torch.diag(_WITHIN * df**0.5 * self.spread),
         )
 
     @property
@@ -225,6 +234,7 @@ class Gaussian(Family):
             "num_components": self.num_components,
             "offset": self.offset,
             "scale": self.scale,
+            "spread": self.spread,
             "columns": list(self.columns),
         }
 
@@ -241,7 +251,10 @@ class Gaussian(Family):
 
     def to(self, device: torch.device) -> Self:
         assert self.scale is not None
-        return replace(self, offset=self._centre.to(device), scale=self.scale.to(device))
+        spread = None if self.spread is None else self.spread.to(device)
+        return replace(
+            self, offset=self._centre.to(device), scale=self.scale.to(device), spread=spread
+        )
 
     def invariants(self, weights: Tensor, values: Tensors) -> dict[str, Tensor]:
         loc, factor = values["loc"], values["scale_tril"]
