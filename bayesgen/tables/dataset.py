@@ -147,7 +147,7 @@ class Dataset:
             generator: Shuffles. Rows in memory come in a uniformly random order. Streamed rows
             come
                 in a random order of the file's chunks (row groups of Parquet, stretches of about
-                8 MB of others), with the rows within each block of about 8 MB in random order: a
+                4 MB of others), with the rows within each block of about 4 MB in random order: a
                 file that is sorted should be shuffled once on disk.
         """
         if batch_size < 1:

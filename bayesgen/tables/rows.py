@@ -24,7 +24,7 @@ __all__ = [
     "rows_per_block",
 ]
 
-BLOCK_BYTES = 8 * 2**20
+BLOCK_BYTES = 4 * 2**20
 
 
 def rows_per_block(num_columns: int) -> int:
