@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, constraints
+from torch.distributions import Distribution, Independent, constraints
 
 if TYPE_CHECKING:
     from bayesgen.prior_design import PriorExploration
@@ -234,12 +234,10 @@ def _same_support(given: Any, wanted: Any) -> bool:
 
 def describe(prior: object) -> str:
     """A prior in one line, for summaries: its name and its arguments, long tensors by shape."""
+    if isinstance(prior, Independent):
+        return f"{describe(prior.base_dist)}.to_event({prior.reinterpreted_batch_ndims})"
     if isinstance(prior, Distribution):
-        arguments: Mapping[str, Any] = {
-            name: getattr(prior, name)
-            for name in sorted(prior.arg_constraints)
-            if name in vars(prior)
-        }
+        arguments: Mapping[str, Any] = _arguments(prior)
     elif isinstance(
         prior,
         SymmetricDirichlet | GammaDirichlet | StickBreaking | HierarchicalNormalInverseWishart,
@@ -249,6 +247,15 @@ def describe(prior: object) -> str:
         return f"callable {getattr(prior, '__qualname__', type(prior).__name__)}"
     shown = ", ".join(f"{k}={_short(v)}" for k, v in arguments.items() if v is not None)
     return f"{type(prior).__name__}({shown})"
+
+
+def _arguments(prior: Distribution) -> dict[str, Any]:
+    """The tensors that a distribution was built from, by argument."""
+    names = sorted(prior.arg_constraints)
+    # Of alternative arguments (covariance, precision, root) the given one is kept as an attribute;
+    # a Beta keeps none, but derives them.
+    kept = [name for name in names if name in vars(prior)] or names
+    return {name: getattr(prior, name) for name in kept}
 
 
 def _short(value: Any) -> str:
@@ -287,11 +294,13 @@ def prior_to_config(prior: object) -> dict[str, Any]:
     if isinstance(prior, _DESCRIPTIONS):
         arguments = {f.name: getattr(prior, f.name) for f in fields(prior)}
         return {"prior": type(prior).__name__, "arguments": arguments}
+    if isinstance(prior, Independent):
+        base = prior_to_config(prior.base_dist)
+        return {"base": base, "to_event": prior.reinterpreted_batch_ndims}
     if isinstance(prior, Distribution) and _distribution_class(type(prior).__name__) is type(
         prior
     ):
-        names = [name for name in prior.arg_constraints if name in vars(prior)]
-        given = {name: getattr(prior, name).clone() for name in names}
+        given = {name: value.clone() for name, value in _arguments(prior).items()}
         return {"distribution": type(prior).__name__, "arguments": given}
     return {"unsaved": describe(prior)}
 
@@ -303,6 +312,9 @@ def prior_from_config(config: Mapping[str, Any]) -> Any:
         if config["prior"] not in known:
             raise ValueError(f"prior {config['prior']!r} is not known; known are {sorted(known)}.")
         return known[config["prior"]](**config["arguments"])
+    if "base" in config:
+        base = prior_from_config(config["base"])
+        return base if isinstance(base, Unsaved) else base.to_event(config["to_event"])
     if "distribution" in config:
         found = _distribution_class(config["distribution"])
         if found is None:

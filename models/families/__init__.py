@@ -16,6 +16,7 @@ FAMILIES = {
     "DiagonalGaussian": "bayesgen.models.families.diagonal",
     "Gaussian": "bayesgen.models.families.gaussian",
     "Poisson": "bayesgen.models.families.poisson",
+    "Product": "bayesgen.models.families.product",
     "StudentT": "bayesgen.models.families.student_t",
 }
 """Where each family lives: saved models name a family by its key here, never by a module of their own."""

@@ -34,6 +34,8 @@ class Evaluation(NamedTuple):
     """``(..., K, n)`` log density, or its expectation, local scales integrated out."""
     distances: Tensor | None = None
     """``(..., K, n)`` squared distances, where the family's local latents need them."""
+    parts: tuple[Evaluation, ...] = ()
+    """Evaluations of the families that a product is made of."""
 
 
 class Family(ABC):

@@ -214,7 +214,7 @@ class Categorical(Factorised):
     @classmethod
     def from_config(cls, config: Mapping[str, Any], priors: Mapping[str, Any]) -> Self:
         tuples = {name: tuple(config[name]) for name in ("columns", "sizes")}
-        return cls(**{**config, **tuples}, given=dict(priors))
+        return cls(**{**config, **tuples}, given=cls._checked(priors, Levels(tuples["sizes"])))
 
     @property
     def device(self) -> torch.device:

@@ -219,7 +219,8 @@ class DiagonalGaussian(Factorised):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], priors: Mapping[str, Any]) -> Self:
-        return cls(**{**config, "columns": tuple(config["columns"])}, given=dict(priors))
+        family = cls(**{**config, "columns": tuple(config["columns"])})
+        return replace(family, given=family._checked(priors, len(family.columns)))
 
     @property
     def device(self) -> torch.device:

@@ -22,7 +22,7 @@ import pyro
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
-from torch.distributions import Distribution, constraints
+from torch.distributions import Distribution, Independent, constraints
 
 from bayesgen.models.families.base import Evaluation, Family
 from bayesgen.priors import check_prior
@@ -129,7 +129,13 @@ def column_prior(
     support: constraints.Constraint | None = None,
     allowed: tuple[type, ...] = (),
 ) -> Any:
-    """Check a prior for a site of this event shape; a prior of one number serves every column."""
+    """Check a prior for a site of this event shape; a prior of one number serves every column.
+
+    Returns:
+        The prior, expanded to the shape, and without ``to_event``, which means nothing here.
+    """
+    while isinstance(prior, Independent):
+        prior = prior.base_dist
     if isinstance(prior, Distribution) and not prior.batch_shape:
         given = len(prior.event_shape)
         if prior.event_shape == torch.Size(shape[len(shape) - given :]):
@@ -298,18 +304,21 @@ class OneSite(Factorised):
         count = summary.count.double()
         centre = (summary.mean.double().nan_to_num() * count + 0.5) / (count + 1.0)
         scale = summary.variance.double().sqrt().nan_to_num(nan=1.0)
-        given, prior = dict(priors), one_prior(priors, self._site, None)
-        if prior is not None:
-            key = "components" if "components" in given else self._site
-            given[key] = column_prior(key, prior, (len(centre),), support=self._support)
         return replace(
             self,
             num_components=num_components,
             columns=data.columns,
             centre=centre,
             scale=scale,
-            given=given,
+            given=self._checked(priors, len(centre)),
         )
+
+    def _checked(self, priors: Mapping[str, Any], d: int) -> dict[str, Any]:
+        given, prior = dict(priors), one_prior(priors, self._site, None)
+        if prior is not None:
+            key = "components" if "components" in given else self._site
+            given[key] = column_prior(key, prior, (d,), support=self._support)
+        return given
 
     @property
     def _mean(self) -> Tensor:
@@ -343,7 +352,8 @@ class OneSite(Factorised):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], priors: Mapping[str, Any]) -> Self:
-        return cls(**{**config, "columns": tuple(config["columns"])}, given=dict(priors))
+        family = cls(**{**config, "columns": tuple(config["columns"])})
+        return replace(family, given=family._checked(priors, len(family.columns)))
 
     @property
     def device(self) -> torch.device:

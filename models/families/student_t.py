@@ -389,7 +389,7 @@ def _check_df(prior: Any) -> None:
     if prior.batch_shape or bool(prior.support.check(torch.tensor(-1.0))):
         raise ValueError(
             f"prior of site 'df': {type(prior).__name__} of batch {tuple(prior.batch_shape)} and "
-            f"support {prior.support} given, but it must be one positive number, as in Gamma(2, 0.1)."
+            f"support {prior.support} given, but it must be one positive number, as Gamma(2, 0.1)."
         )
 
 
