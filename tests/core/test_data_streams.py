@@ -166,7 +166,7 @@ MEGABYTES = 200
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("suffix", ["npy", "parquet", "csv"])
+@pytest.mark.parametrize("suffix", ["npy", "parquet", pytest.param("csv", marks=pytest.mark.slow)])
 def test_streaming_needs_flat_memory(tmp_path: Path, suffix: str) -> None:
     """A file of 160 MB in float64 passes through; kept blocks alone would need more than that."""
     n = 1_250_000
