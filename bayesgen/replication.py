@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from bayesgen.fit import Fit
+    from bayesgen.schema import Schema
 
 __all__ = [
     "PredictiveCheck",
@@ -86,7 +87,8 @@ def posterior_predictive_check(
 
     Args:
         fit: A fit that knows its training data, of a ``Generative`` model.
-        statistics: Functions of data sets; :func:`default_statistics` when None.
+        statistics: Functions of data sets. When None, :func:`default_statistics` of the real and
+            count columns and the share of each level of the others.
         num_samples: Replicated data sets.
         seed: Of the replications.
 
@@ -109,19 +111,42 @@ def posterior_predictive_check(
     flat = {name: value.flatten(0, 1) for name, value in fit.draws.items()}
     total = fit.num_chains * fit.num_draws
     chosen = torch.randint(total, (num_samples,), generator=generator, device=fit.device)
-    functions = default_statistics() if statistics is None else statistics
-    columns = fit.columns
-    observed = {name: value[0] for name, value in _apply(functions, x[None], columns).items()}
+
+    def apply(rows: Tensor) -> dict[str, Tensor]:
+        if statistics is None:
+            return _by_kind(rows, fit.schema)
+        return _apply(statistics, rows, fit.columns)
+
+    observed = {name: value[0] for name, value in apply(x[None]).items()}
     batches = []
     per_batch = max(1, 2**20 // max(1, x.numel()))  # replications alive at once
     for part in chosen.split(per_batch):
         repeated = {name: value[part].repeat_interleave(len(x), 0) for name, value in flat.items()}
         rows = model.sample(repeated, generator=generator).reshape(len(part), *x.shape)
-        batches.append(_apply(functions, rows.masked_fill(x.isnan(), torch.nan), columns))
+        batches.append(apply(rows.masked_fill(x.isnan(), torch.nan)))
     replicated = {name: torch.cat([b[name] for b in batches]).cpu() for name in observed}
     values = {name: float(value) for name, value in observed.items()}
     p_values = {name: _two_sided(values[name], replicated[name]) for name in values}
     return PredictiveCheck(values, replicated, p_values)
+
+
+def _by_kind(x: Tensor, schema: Schema) -> dict[str, Tensor]:
+    """Default statistics of numbers; shares of levels of categories, whose codes mean nothing."""
+    numbers = [j for j, kind in enumerate(schema.kinds) if kind in ("real", "count")]
+    result = {}
+    if numbers:
+        names = tuple(schema.columns[j] for j in numbers)
+        result = _apply(default_statistics(), x[..., numbers], names)
+    for j, (column, kind) in enumerate(zip(schema.columns, schema.kinds, strict=True)):
+        if j in numbers:
+            continue
+        levels = schema.levels[j] or ("no", "yes")
+        known = (~x[..., j].isnan()).sum(-1).clamp_min(1)
+        for code, level in enumerate(levels[:20]):
+            result[f"share {column} = {level}"] = (x[..., j] == code).sum(-1) / known
+        if kind == "binary":
+            del result[f"share {column} = no"]
+    return result
 
 
 def _apply(functions: Statistics, x: Tensor, columns: tuple[str, ...]) -> dict[str, Tensor]:

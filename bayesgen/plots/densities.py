@@ -67,17 +67,18 @@ def density(
     Returns:
         The axes.
     """
-    positions, names = columns_of(fit, columns, 2)
+    positions, _ = columns_of(fit, columns, 2)
     rows = rows_of(fit, x)[:, positions].numpy()
     ax = new_axes(ax)
     small = thinned(fit)
     if len(positions) == 1:
-        return _density_1d(small, positions[0], names[0], rows[:, 0], num_curves, ax)
+        return _density_1d(small, positions[0], rows[:, 0], num_curves, ax)
     _contours(small, positions, rows, ax)
-    ax.plot(rows[:, 0], rows[:, 1], ".", color=INK, markersize=4, alpha=_alpha(len(rows)))
+    points = _jittered(fit, positions, rows)
+    ax.plot(*points.T, ".", color=INK, markersize=4, alpha=_alpha(len(rows)))
     if show_components:
         components(fit, columns=positions, num_draws=num_curves, ax=ax)
-    ax.set(xlabel=names[0], ylabel=names[1])
+    _name_axes(fit, positions, ax)
     return ax
 
 
@@ -88,7 +89,6 @@ def _alpha(num_points: int) -> float:
 def _density_1d(
     fit: Fit,
     position: int,
-    name: str,
     rows: NDArray[np.float64],
     num_curves: int,
     ax: Axes,
@@ -97,13 +97,12 @@ def _density_1d(
 ) -> Axes:
     known = rows[np.isfinite(rows)]
     discrete = fit.schema.kinds[position] != "real"
-    low, high = span(known)
     if discrete:
-        at = np.arange(known.min(), known.max() + 1)
+        at = _grid(fit, position, rows)
         share = [(known == value).mean() for value in at]
         ax.bar(at, share, width=0.8, color=GREY, alpha=0.5, label="data")
     else:
-        at = np.linspace(low, high, 300)
+        at = np.linspace(*span(known), 300)
         bins = min(60, max(10, round(2.0 * len(known) ** (1 / 2))))
         ax.hist(known, bins=bins, density=True, color=GREY, alpha=0.4, label="data")
     full = torch.full((len(at), len(fit.columns)), torch.nan, dtype=torch.float64)
@@ -117,28 +116,62 @@ def _density_1d(
     ax.plot([], [], color=PALETTE[4], lw=1, label="single draws")
     if not discrete and len(known) <= 500:
         ax.plot(known, np.full(len(known), -0.01 * mean.max()), "|", color=INK, alpha=0.5)
-    ax.set(xlabel=name, ylabel="probability" if discrete else "density")
+    _name_axes(fit, [position], ax)
+    ax.set(ylabel="probability" if discrete else "density")
     if legend:
         ax.legend(frameon=False, fontsize=9)
     return ax
 
 
 def _contours(fit: Fit, positions: list[int], rows: NDArray[np.float64], ax: Axes) -> None:
-    """Filled regions of highest predictive density on a grid over the rows."""
-    axes = [np.linspace(*span(rows[:, j], 0.18), _GRID) for j in range(2)]
-    grid = np.stack(np.meshgrid(*axes), -1).reshape(-1, 2)
+    """Predictive mass over the rows: regions of highest density, or cells of whole values."""
+    x, y = (_grid(fit, position, rows[:, j]) for j, position in enumerate(positions))
+    grid = np.stack(np.meshgrid(x, y), -1).reshape(-1, 2)
     full = torch.full((len(grid), len(fit.columns)), torch.nan, dtype=torch.float64)
     full[:, positions] = torch.from_numpy(grid)
-    log_density = fit.log_prob(full).cpu().numpy().reshape(_GRID, _GRID)
+    log_density = fit.log_prob(full).cpu().numpy().reshape(len(y), len(x))
     values = np.exp(log_density - log_density.max())
+    if any(fit.schema.kinds[position] != "real" for position in positions):
+        ax.pcolormesh(x, y, values, shading="nearest", cmap="Blues", vmin=0.0, vmax=1.6)
+        return
     ordered = np.sort(values.ravel())[::-1]
     mass = ordered.cumsum() / ordered.sum()
     levels = [float(ordered[min(np.searchsorted(mass, m), mass.size - 1)]) for m in _MASSES]
     if not levels[0] < levels[1] < levels[2] < 1.0:
         return  # the grid is too coarse for a density this sharp
     shades = ["#eaf3f9", "#c3dff0", "#93c5e3"]
-    ax.contourf(*axes, values, levels=[*levels, 1.0], colors=shades)
-    ax.contour(*axes, values, levels=levels, colors=[PALETTE[0]], linewidths=0.6, alpha=0.6)
+    ax.contourf(x, y, values, levels=[*levels, 1.0], colors=shades)
+    ax.contour(x, y, values, levels=levels, colors=[PALETTE[0]], linewidths=0.6, alpha=0.6)
+
+
+def _grid(fit: Fit, position: int, values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Where a density is evaluated along a column: whole numbers unless it is real."""
+    if fit.schema.kinds[position] == "real":
+        return np.linspace(*span(values, 0.18), _GRID)
+    levels = fit.schema.levels[position]
+    known = values[np.isfinite(values)]
+    low, high = (known.min(), known.max()) if known.size else (0.0, 1.0)
+    if levels is not None:
+        low, high = 0.0, len(levels) - 1.0
+    return np.unique(np.linspace(low, high, min(200, int(high - low) + 1)).round())
+
+
+def _jittered(fit: Fit, positions: list[int], rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Rows with whole values spread a little, so that equal ones do not hide each other."""
+    noise = np.random.default_rng(0).uniform(-0.22, 0.22, rows.shape)
+    discrete = np.array([fit.schema.kinds[position] != "real" for position in positions])
+    return np.where(discrete, rows + noise, rows)
+
+
+def _name_axes(fit: Fit, positions: list[int], ax: Axes) -> None:
+    """Names of the columns, and of the levels of categories."""
+    for axis, position in zip((ax.xaxis, ax.yaxis), positions, strict=False):
+        axis.set_label_text(fit.columns[position])
+        levels = fit.schema.levels[position]
+        if fit.schema.kinds[position] == "binary":
+            levels = ("no", "yes")
+        if levels is not None and len(levels) <= 20:
+            axis.set_ticks(range(len(levels)), [str(level) for level in levels])
 
 
 def components(
@@ -241,11 +274,15 @@ def pairs(
             if j > i:
                 ax.set_axis_off()
             elif i == j:
-                _density_1d(small, positions[i], "", pair[:, 0], 15, ax, legend=False)
-                ax.set(ylabel="", yticks=[])
+                _density_1d(small, positions[i], pair[:, 0], 15, ax, legend=False)
+                ax.set(xlabel="", ylabel="", yticks=[])
                 ax.spines["left"].set_visible(False)
             else:
-                _contours(small, [positions[j], positions[i]], pair, ax)
+                both = [positions[j], positions[i]]
+                _contours(small, both, pair, ax)
+                pair = _jittered(fit, both, pair)
+                _name_axes(fit, both, ax)
+                ax.set(xlabel="", ylabel="")
                 _scatter(pair, label, np.full(len(label), 0.7), ax, size=9)
                 _ring(pair, outliers, ax)
             if i == d - 1:
@@ -287,7 +324,8 @@ def labels(
         pair, names = _principal(rows)
     else:
         positions, names = columns_of(fit, columns, 2)
-        pair = rows[:, positions].numpy()
+        pair = _jittered(fit, positions, rows[:, positions].numpy())
+        _name_axes(fit, positions, ax)
         if len(positions) == 1:
             pair = np.stack([pair[:, 0], sure], -1)
             names = [names[0], "probability of the label"]

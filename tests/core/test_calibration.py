@@ -270,6 +270,20 @@ def test_replications_keep_the_parameters_of_one_draw_and_miss_what_the_data_mis
     assert found.p_values["observed x1"] == 1.0
 
 
+def test_categories_are_checked_by_their_shares():
+    frame = {"colour": ["red", "blue", "red", "red"], "lit": [True, False, False, False]}
+    fit = pretend(UnitMixture(1), {**frame, "size": [0.1, 0.2, 0.3, 0.5]})
+    found = calibration.posterior_predictive_check(fit, num_samples=5)
+    shares = {name: value for name, value in found.observed.items() if "share" in name}
+    assert shares == {
+        "share colour = blue": 0.25,
+        "share colour = red": 0.75,
+        "share lit = yes": 0.25,
+    }
+    assert found.observed["mean size"] == pytest.approx(0.275)
+    assert not any("colour" in name for name in found.observed if "share" not in name)
+
+
 def test_number_of_modes():
     modes = calibration.default_statistics()["modes"]
     one = normals(1, 300, 1, seed=0)

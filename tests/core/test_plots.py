@@ -312,3 +312,25 @@ def test_rows_with_gaps_and_counts():
     ax = plots.density(counts)
     draw(ax)
     assert ax.get_ylabel() == "probability"
+
+
+def test_categories_keep_their_names_and_cells():
+    generator = np.random.default_rng(0)
+    frame = pd.DataFrame(
+        {
+            "colour": pd.Categorical(generator.choice(["red", "blue", "green"], 60)),
+            "lit": generator.random(60) < 0.5,
+            "size": generator.normal(size=60),
+        }
+    )
+    fit = pretend(UnitMixture(2), frame)
+    ax = plots.density(fit, columns=["colour", "lit"])
+    draw(ax)
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["blue", "green", "red"]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["no", "yes"]
+    points = next(curve for curve in ax.lines if len(curve.get_xdata()) == 60)
+    assert len(np.unique(points.get_xdata())) == 60  # equal values do not hide each other
+    for columns in (["colour"], ["size", "colour"]):
+        draw(plots.density(fit, columns=columns))
+    draw(plots.pairs(fit))
+    draw(plots.labels(fit, columns=["colour", "size"]))
