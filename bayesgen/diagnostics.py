@@ -67,7 +67,13 @@ def to_arviz(
     dims: dict[str, list[str]] = {key: list(value) for key, value in fit.model.dims.items()}
     groups: dict[str, Arrays] = {
         "posterior": _numpy({**fit.aligned.draws, **invariants(fit)}),
-        "sample_stats": _numpy(fit.sample_stats),
+        # ArviZ 0.2x takes this name for pointwise values of old and warns
+        "sample_stats": _numpy(
+            {
+                "total_log_likelihood" if k == "log_likelihood" else k: v
+                for k, v in fit.sample_stats.items()
+            }
+        ),
     }
     attrs: dict[str, Any] = {"inference_library": "bayesgen", **fit.attrs}
     if fit.aligned.elements is not None:

@@ -29,6 +29,7 @@ from bayesgen.testing.densities import (
 )
 from bayesgen.testing.engines import (
     check_callback,
+    check_diagnosed,
     check_fit,
     check_globals,
     check_monotone,
@@ -75,5 +76,6 @@ def engine_checks(case: EngineCase) -> list[Callable[[EngineCase], None]]:
         check_resume,
         check_callback,
         check_saved,
+        check_diagnosed,
     ]
     return [*checks, check_monotone] if case.monotone else checks
