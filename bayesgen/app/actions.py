@@ -1,0 +1,227 @@
+"""What the commands do, free of click: each takes checked options and writes one result."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bayesgen import datasets
+from bayesgen.app.output import check_out, rows_frame, write_frame
+from bayesgen.app.progress import say
+from bayesgen.data import Dataset, as_dataset
+from bayesgen.fit import Fit, load
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from bayesgen.outliers import Outliers
+    from bayesgen.schema import Kind, Schema
+
+__all__ = [
+    "impute",
+    "load_run",
+    "outliers",
+    "predict",
+    "read_data",
+    "sample",
+    "score",
+    "summary",
+]
+
+_BLOCK = 65_536
+
+
+# ------------------------------------------------------------------ in
+def read_data(
+    text: str,
+    *,
+    schema: Schema | None = None,
+    columns: Sequence[str] | None = None,
+    kinds: Mapping[str, Kind] | Kind | None = None,
+) -> Dataset:
+    """A data file, a bundled data set by its name, or CSV from stdin (``-``).
+
+    Args:
+        text: What the user wrote.
+        schema: The schema the data must have; columns it does not know are left aside.
+        columns: Columns to keep.
+        kinds: Kinds of columns, instead of the learnt ones.
+
+    Raises:
+        FileNotFoundError: There is neither such a file nor such a data set.
+        ValueError: Content that is not allowed.
+    """
+    if schema is not None:
+        columns = schema.columns
+    options: dict[str, Any] = {"schema": schema, "columns": columns, "kinds": kinds}
+    if text == "-":
+        return _from_stdin(options)
+    path = Path(text).expanduser()
+    if path.suffix == "" and not path.is_file():
+        if text in datasets.names():
+            return as_dataset(datasets.load(text), **options)
+        raise FileNotFoundError(
+            f"there is no file {text!r}, and no bundled data set of that name; those are "
+            f"{', '.join(datasets.names())}."
+        )
+    return as_dataset(path, **options)
+
+
+def _from_stdin(options: Mapping[str, Any]) -> Dataset:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "stdin.csv"
+        with path.open("wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file)
+        return as_dataset(path, **options, in_memory=True)
+
+
+def load_run(run: str) -> Fit:
+    """A saved fit.
+
+    Raises:
+        FileNotFoundError: There is none in the folder.
+    """
+    if not Path(run).is_dir():
+        raise FileNotFoundError(
+            f"there is no run {run!r}: give the folder of `bayesgen fit --out`."
+        )
+    return load(run)
+
+
+def _each(
+    fit: Fit, data: str, compute: Callable[[Fit, torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """``compute`` over blocks of rows: large files never stand in memory whole."""
+    rows = read_data(data, schema=fit.schema)
+    return torch.cat([compute(fit, block) for block in rows.batches(_BLOCK)])
+
+
+# ------------------------------------------------------------------ out
+def summary(run: str, *, out: str | None = None, force: bool = False) -> None:
+    """Print what was fitted and whether to trust it; the whole table into ``out``."""
+    if out is not None:
+        check_out(out, force=force)
+    told = load_run(run).summary()
+    if out is None:
+        print(told)
+        return
+    write_frame(told.table.rename_axis("entry").reset_index(), out)
+
+
+def score(run: str, data: str, *, out: str = "-", force: bool = False) -> None:
+    """Log posterior predictive density of each row, in nats."""
+    import pandas as pd
+
+    check_out(out, force=force)
+    values = _each(load_run(run), data, lambda fit, rows: fit.log_prob(rows))
+    write_frame(pd.DataFrame({"log_prob": values.cpu().numpy()}), out)
+
+
+def predict(run: str, data: str, *, out: str = "-", force: bool = False) -> None:
+    """The cluster of each row and its probability."""
+    import pandas as pd
+
+    check_out(out, force=force)
+    fit = load_run(run)
+    belief = _each(fit, data, lambda fit, rows: fit.encode(rows))
+    if belief.ndim != 2:
+        raise ValueError(f"{type(fit.model).__name__} has no clusters to predict.")
+    sure, label = (value.cpu().numpy() for value in belief.max(-1))
+    write_frame(pd.DataFrame({"label": label, "probability": sure}), out)
+
+
+def sample(
+    run: str, num_samples: int, *, seed: int = 0, out: str = "-", force: bool = False
+) -> None:
+    """New rows from the posterior predictive."""
+    check_out(out, force=force)
+    fit = load_run(run)
+    rows = fit.sample(num_samples, seed=seed)
+    write_frame(rows_frame(rows, fit.schema), out, array=rows.cpu().numpy())
+
+
+def impute(
+    run: str,
+    data: str,
+    *,
+    num_samples: int | None = None,
+    seed: int = 0,
+    out: str = "-",
+    force: bool = False,
+) -> None:
+    """The rows with their gaps filled: once by expectation, or several times at random."""
+    import pandas as pd
+
+    check_out(out, force=force)
+    fit = load_run(run)
+    if num_samples is None:
+        filled = _each(fit, data, lambda fit, rows: fit.impute_mean(rows))
+        write_frame(rows_frame(filled, fit.schema), out, array=filled.cpu().numpy())
+        return
+    copies = fit.impute(read_data(data, schema=fit.schema), num_samples=num_samples, seed=seed)
+    parts: list[pd.DataFrame] = []
+    for index, copy in enumerate(copies):
+        frame = rows_frame(copy, fit.schema)
+        frame.insert(0, "imputation", index)
+        parts.append(frame)
+    write_frame(pd.concat(parts, ignore_index=True), out, array=copies.cpu().numpy())
+
+
+def outliers(
+    run: str,
+    data: str,
+    *,
+    fdr: float = 0.05,
+    calibration: str | None = None,
+    folds: int | None = None,
+    explain: bool = False,
+    seed: int = 0,
+    out: str = "-",
+    force: bool = False,
+    quiet: bool = False,
+) -> None:
+    """Which rows do not belong, the false discovery rate controlled."""
+    check_out(out, force=force)
+    fit = load_run(run)
+    rows = read_data(data, schema=fit.schema)
+    verdict = _judge(fit, rows, fdr, calibration, folds, seed, quiet)
+    frame = verdict.to_frame()
+    if explain:
+        from bayesgen.outliers import explain as surprise
+
+        reasons = surprise(fit, rows).cpu().numpy()
+        for j, column in enumerate(fit.columns):
+            frame[f"surprise_{column}"] = reasons[:, j]
+    write_frame(frame, out)
+    say(str(verdict), quiet=quiet)
+
+
+def _judge(
+    fit: Fit,
+    rows: Dataset,
+    fdr: float,
+    calibration: str | None,
+    folds: int | None,
+    seed: int,
+    quiet: bool,
+) -> Outliers:
+    given: object = None
+    if calibration == "model":
+        given = "model"
+    elif calibration is not None:
+        given = read_data(calibration, schema=fit.schema)
+    elif fit.calibration is None or folds is not None:
+        say(
+            "calibrating: refitting without the rows that calibrate "
+            "(`bayesgen fit --calibrate` keeps this in the run)",
+            quiet=quiet,
+        )
+        fit = replace(fit, calibration=None)  # other folds were asked for than those in the run
+    return fit.outliers(rows, fdr=fdr, calibration=given, folds=folds, seed=seed)
