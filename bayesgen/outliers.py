@@ -313,7 +313,7 @@ def outliers(
             the model and calibrate on rows simulated from it; or None: the fit's own, or
             :func:`calibrate`.
         fraction: Share of training rows held out when calibrating here.
-        folds: Cross-conformal calibration with this many refits, when calibrating here.
+        folds: Cross-conformal calibration with this many refits; set aside the fit's own.
         dependence: ``"arbitrary"`` controls the rate also where positive dependence is not proven
             (several missing patterns at once, cross-conformal); see :func:`benjamini_hochberg`.
         generator: Breaks ties of scores at random, which makes p-values exactly uniform.
@@ -346,7 +346,7 @@ def _calibration(
         return _unseen(rows.to(torch.float64), "model")
     if given is not None:
         return _unseen(_tensor(as_dataset(given, schema=fit.schema)).to(fit.device), "given")
-    if isinstance(fit.calibration, Calibration):
+    if isinstance(fit.calibration, Calibration) and folds is None:
         return fit.calibration
     made = _MADE.setdefault(fit, {})
     key = (fraction if folds is None else None, folds, seed)
