@@ -327,7 +327,7 @@ def test_without_data_alignment_still_works(fit, tmp_path):
     assert again.data is None
     x = rows(20, seed=10)
     assert torch.equal(fit.encode(x), again.encode(x))
-    assert "log_likelihood" not in again.arviz.groups()
+    assert "log_likelihood" not in again.arviz
     assert again.columns == fit.columns
 
 
