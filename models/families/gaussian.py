@@ -272,7 +272,7 @@ class Gaussian(Family):
 
     def observe(self, x: Tensor, dtype: torch.dtype = torch.float64) -> Quadratic:
         # Centred in float64 before rounding: offsets of 1e8 then cost no digits.
-        return group_rows(self._centred(x).to(dtype))
+        return group_rows(self._centred(x), dtype)
 
     def collapsed(self, values: Tensors) -> Tensor:
         assert self.scale is not None

@@ -152,8 +152,9 @@ class JointColumns(Distribution):
     def variance(self) -> Tensor:
         return self._join([part.variance for part, _ in self._parts])
 
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
-        return self._join([part.sample(sample_shape) for part, _ in self._parts])
+    def sample(self, sample_shape: torch.Size | list[int] | tuple[int, ...] = ()) -> Tensor:
+        shape = torch.Size(sample_shape)
+        return self._join([part.sample(shape) for part, _ in self._parts])
 
     def log_prob(self, value: Tensor) -> Tensor:
         parts = [part.log_prob(value[..., index]) for part, index in self._parts]

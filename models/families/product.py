@@ -55,10 +55,11 @@ class _ColumnRows(Rows):
 
 def _select(data: Dataset, columns: tuple[int, ...]) -> Dataset:
     index, schema = list(columns), data.schema
-    names, kinds, levels = (
-        tuple(each[i] for i in index) for each in (schema.columns, schema.kinds, schema.levels)
+    own = Schema(
+        tuple(schema.columns[i] for i in index),
+        tuple(schema.kinds[i] for i in index),
+        tuple(schema.levels[i] for i in index),
     )
-    own = Schema(names, kinds, levels)
     if data.in_memory:
         return Dataset(own, MemoryRows(data.tensor()[:, index]))
     return Dataset(own, _ColumnRows(data, index))

@@ -55,13 +55,12 @@ def num_features(p: int) -> int:
     return 1 + p + p * (p + 1) // 2
 
 
-def features(x: Tensor) -> Tensor:
+def features(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """``(n, p)`` to ``(F, n)``: ones, columns, products ``x_i x_j`` for ``i <= j``, row by row of i."""
-    columns = x.T.contiguous()
-    p, n = columns.shape
-    out = x.new_empty((num_features(p), n))
+    n, p = x.shape
+    out = x.new_empty((num_features(p), n), dtype=dtype or x.dtype)
     out[0] = 1.0
-    out[1 : 1 + p] = columns
+    columns = out[1 : 1 + p].copy_(x.T)
     offset = 1 + p
     for i in range(p):
         torch.mul(columns[i : i + 1], columns[i:], out=out[offset : offset + p - i])
@@ -69,19 +68,20 @@ def features(x: Tensor) -> Tensor:
     return out
 
 
-def group_rows(x: Tensor) -> Quadratic:
-    """Group the rows of ``(n, d)`` by their pattern of ``NaN`` and compute each group's features."""
+def group_rows(x: Tensor, dtype: torch.dtype | None = None) -> Quadratic:
+    """Group the rows of ``(n, d)`` by their pattern of ``NaN`` and compute features in ``dtype``."""
     n, d = x.shape
-    hole = torch.isnan(x)
     every = torch.arange(d, device=x.device)
-    if not bool(hole.any()):
-        return Quadratic((Group(None, every, every[:0], features(x)),), n, d)
-    patterns, inverse = torch.unique(hole, dim=0, return_inverse=True)
+    # A sum is NaN if an entry is: cheaper than a mask of all of them, and usually the end of it.
+    if not bool(x.sum().isnan()):
+        return Quadratic((Group(None, every, every[:0], features(x, dtype)),), n, d)
+    patterns, inverse = torch.unique(torch.isnan(x), dim=0, return_inverse=True)
     groups = []
     for index, pattern in enumerate(patterns):
         rows = torch.nonzero(inverse == index).squeeze(-1)
         observed, missing = every[~pattern], every[pattern]
-        groups.append(Group(rows, observed, missing, features(x[rows][:, observed])))
+        part = features(x[rows][:, observed], dtype)
+        groups.append(Group(rows, observed, missing, part))
     return Quadratic(tuple(groups), n, d)
 
 

@@ -386,10 +386,12 @@ def _check_df(prior: Any) -> None:
     check_prior("df", prior, event_shape=())
     if not isinstance(prior, torch.distributions.Distribution):
         return
-    if prior.batch_shape or bool(prior.support.check(torch.tensor(-1.0))):
+    support = prior.support
+    assert support is not None
+    if prior.batch_shape or bool(support.check(torch.tensor(-1.0))):
         raise ValueError(
             f"prior of site 'df': {type(prior).__name__} of batch {tuple(prior.batch_shape)} and "
-            f"support {prior.support} given, but it must be one positive number, as Gamma(2, 0.1)."
+            f"support {support} given, but it must be one positive number, as Gamma(2, 0.1)."
         )
 
 
