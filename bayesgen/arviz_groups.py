@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["GROUPS", "convert", "import_arviz", "is_datatree", "summarise"]
+__all__ = ["GROUPS", "convert", "import_arviz", "is_datatree", "labels", "summarise"]
 
 GROUPS = (
     "posterior",
@@ -94,6 +94,33 @@ def summarise(data: Any) -> Any:
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")  # constant entries, as in a triangle, divide by 0
         return arviz.summary(data, round_to="none")
+
+
+def labels(
+    name: str,
+    shape: Sequence[int],
+    *,
+    coords: Mapping[str, Sequence[Any]],
+    dims: Mapping[str, Sequence[str]],
+) -> list[str]:
+    """ArviZ's names of the entries of one variable, in its order: ``loc[0, height]``.
+
+    Args:
+        name: The variable.
+        shape: Its event shape.
+        coords: Labels along named dimensions.
+        dims: Names of each variable's event dimensions.
+    """
+    if not shape:
+        return [name]
+    along = [
+        [str(label) for label in coords[dim]] if dim in coords else [str(i) for i in range(size)]
+        for dim, size in zip(dims.get(name, [""] * len(shape)), shape, strict=True)
+    ]
+    return [
+        f"{name}[{', '.join(part[i] for part, i in zip(along, index, strict=True))}]"
+        for index in np.ndindex(*shape)
+    ]
 
 
 def _is_used(dim: str, groups: Mapping[str, Group], dims: Mapping[str, Sequence[str]]) -> bool:

@@ -6,12 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from bayesgen import rng, verbs
-from bayesgen.arviz_groups import convert, import_arviz, summarise
+from bayesgen.arviz_groups import convert, import_arviz, labels, summarise
 from bayesgen.capabilities import Generative, Scored, Symmetric, require
 from bayesgen.symmetry import LabelPermutation
 
@@ -151,9 +150,10 @@ def replicate(fit: Fit, num_rows: int, num_replicates: int, *, seed: int = 0) ->
 
 def invariants(fit: Fit) -> dict[str, Tensor]:
     """Quantities that relabelling leaves alone, each ``(chain, draw, ...)``; empty if none."""
-    if not isinstance(fit.model, Symmetric):
-        return {}
-    return dict(fit.model.invariants(fit.draws))
+    found = dict(fit.model.invariants(fit.draws)) if isinstance(fit.model, Symmetric) else {}
+    if "num_occupied" in fit.sample_stats:  # the labels are gone, but the engine counted them
+        found.setdefault("num_occupied", fit.sample_stats["num_occupied"].to(torch.float64))
+    return found
 
 
 def _numpy(values: Mapping[str, Tensor]) -> Arrays:
@@ -209,10 +209,12 @@ def _quantities(fit: Fit, rows: object) -> dict[str, tuple[float, float, float]]
     found |= _sorted_weights(fit)
     for name, value in found.items():
         entries = value.double().flatten(2) if value.ndim > 2 else value.double()[..., None]
-        for k in range(min(entries.shape[-1], _MAX_ENTRIES)):
-            where = np.unravel_index(k, tuple(value.shape[2:])) if value.ndim > 2 else ()
-            label = f"{name}[{', '.join(str(int(i)) for i in where)}]" if len(where) else name
+        event = tuple(value.shape[2:])
+        names = labels(name, event, coords=fit.model.coords(), dims=fit.model.dims)
+        for k, label in enumerate(names[:_MAX_ENTRIES]):
             table[label] = _moments(entries[..., k])
+    if "num_occupied" not in table and fit.history.get("num_occupied"):
+        table["num_occupied"] = (fit.history["num_occupied"][-1], math.nan, math.nan)
     return table
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bayesgen.arviz_groups import convert, summarise
+from bayesgen.arviz_groups import convert, labels, summarise
 from bayesgen.diagnostics import invariants
 
 if TYPE_CHECKING:
@@ -123,14 +123,14 @@ class Summary:
         readable = None if aligned.elements is None else set(aligned.identified)
         names = []
         for name, value in self._chosen.items():
-            labels = self._labels(name, value)
+            names_here = self._labels(name, value)
             dims = self.fit.model.dims.get(name, ())
             axis = dims.index("component") if "component" in dims else None
             keep = [
                 axis is None or readable is None or index[axis] in readable
                 for index in np.ndindex(*value.shape[2:])
             ]
-            names += [label for label, kept in zip(labels, keep, strict=True) if kept]
+            names += [label for label, kept in zip(names_here, keep, strict=True) if kept]
         return names
 
     # ------------------------------------------------------------ words
@@ -196,16 +196,5 @@ class Summary:
         return [n for k, v in values.items() if k in self._chosen for n in self._labels(k, v)]
 
     def _labels(self, name: str, value: Tensor) -> list[str]:
-        """ArviZ's names of the entries of one variable, in its order."""
-        shape = tuple(value.shape[2:])
-        if not shape:
-            return [name]
-        coords, dims = self.fit.model.coords(), self.fit.model.dims.get(name, ())
-        labels = [
-            list(coords[dim]) if dim in coords else list(range(size))
-            for dim, size in zip(dims or [""] * len(shape), shape, strict=True)
-        ]
-        return [
-            f"{name}[{', '.join(str(labels[a][i]) for a, i in enumerate(index))}]"
-            for index in np.ndindex(*shape)
-        ]
+        model = self.fit.model
+        return labels(name, tuple(value.shape[2:]), coords=model.coords(), dims=model.dims)

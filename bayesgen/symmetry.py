@@ -26,6 +26,7 @@ __all__ = ["Alignment", "LabelPermutation", "Symmetry", "align", "match"]
 
 _SMOOTHING = 1e-6  # keeps log(reference) finite where the reference draw gives a row no weight
 _SETTLED = 1e-6  # relative change of the mean cost at which relabelling ends
+_PRESENT = 0.95  # the means of a component that is empty in more draws mix in its prior
 _AMBIGUOUS = 0.05  # a pair is confused when this share of its draws could as well be swapped
 
 
@@ -47,6 +48,7 @@ class Alignment:
         message: The same in one or two sentences.
         occupancy: ``(K,)`` mean share of the rows (else mean weight) of each component,
             decreasing.
+        presence: ``(K,)`` share of the draws in which each component holds any rows.
         empty: Components of negligible occupancy. They are exchangeable by nature: their order,
             and their R-hat, mean nothing.
         confused: Pairs of occupied components that could as well be swapped.
@@ -60,17 +62,19 @@ class Alignment:
     is_ambiguous: bool = False
     message: str = "the model has no symmetry: nothing to align"
     occupancy: Tensor | None = None
+    presence: Tensor | None = None
     empty: tuple[int, ...] = ()
     confused: tuple[tuple[int, int], ...] = ()
     num_steps: int = 0
 
     @property
     def identified(self) -> tuple[int, ...]:
-        """Components that are neither empty nor confused with another: those that can be read."""
-        if self.occupancy is None:
+        """Components that live in nearly every draw and are not confused with another."""
+        if self.presence is None:
             return ()
         taken = {k for pair in self.confused for k in pair} | set(self.empty)
-        return tuple(k for k in range(len(self.occupancy)) if k not in taken)
+        here = (self.presence >= _PRESENT).tolist()
+        return tuple(k for k, present in enumerate(here) if present and k not in taken)
 
 
 class Symmetry(ABC):
@@ -167,16 +171,18 @@ class LabelPermutation(Symmetry):
         )
         start = int(log_density.flatten().argmax()) if log_density is not None else 0
         permutations, matrix, num_steps = _relabel(costs, start, max_steps)
-        occupancy = occupancy.gather(1, permutations).mean(0)
+        shares = occupancy.gather(1, permutations)
+        occupancy = shares.mean(0)
         order = torch.argsort(self._mean_weights(flat, permutations, occupancy), descending=True)
         permutations, occupancy = permutations[:, order], occupancy[order]
         matrix = matrix[:, order][:, :, order]
+        shares = shares[:, order]
         elements = permutations.unflatten(0, lead)
         return _report(
             self.apply(draws, elements),
             elements,
             matrix,
-            occupancy,
+            shares,
             negligible=_negligible(costs.num_anchors, self.num_components),
             num_steps=num_steps,
         )
@@ -383,7 +389,7 @@ def _report(
     draws: dict[str, Tensor],
     elements: Tensor,
     matrix: Tensor,
-    occupancy: Tensor,
+    shares: Tensor,
     *,
     negligible: float,
     num_steps: int,
@@ -391,6 +397,7 @@ def _report(
     own = matrix.diagonal(dim1=-2, dim2=-1)
     gain = matrix + matrix.mT - own[..., None, :] - own[..., :, None]
     ambiguity = (2.0 * torch.sigmoid(-gain.clamp_min(0.0))).mean(0).fill_diagonal_(0.0)
+    occupancy, presence = shares.mean(0), (shares >= negligible).double().mean(0)
     empty = tuple((occupancy < negligible).nonzero()[:, 0].tolist())
     confused = tuple(
         (a, b)
@@ -403,8 +410,9 @@ def _report(
         cost=own.sum(-1).unflatten(0, elements.shape[:-1]),
         ambiguity=ambiguity,
         is_ambiguous=bool(confused),
-        message=_message(ambiguity, confused, empty),
+        message=_message(ambiguity, confused, empty, presence),
         occupancy=occupancy,
+        presence=presence,
         empty=empty,
         confused=confused,
         num_steps=num_steps,
@@ -412,7 +420,10 @@ def _report(
 
 
 def _message(
-    ambiguity: Tensor, confused: tuple[tuple[int, int], ...], empty: tuple[int, ...]
+    ambiguity: Tensor,
+    confused: tuple[tuple[int, int], ...],
+    empty: tuple[int, ...],
+    presence: Tensor,
 ) -> str:
     if confused:
         worst = sorted(confused, key=lambda pair: -float(ambiguity[pair]))[:4]
@@ -424,6 +435,9 @@ def _message(
         )
     else:
         text = "labels are identified"
+    for k, share in enumerate(presence.tolist()):
+        if share < _PRESENT and k not in empty:
+            text += f"; component {k} lives in {share:.0%} of the draws only"
     if len(empty) == 1:
         text += f"; component {empty[0]} is empty"
     elif empty:

@@ -137,40 +137,58 @@ def sample(
     return torch.cat(parts)
 
 
-def draw_from(distribution: td.Distribution, generator: torch.Generator) -> Tensor:
+def draw_from(distribution: Any, generator: torch.Generator) -> Tensor:
     """One sample of the distribution from an explicit generator.
 
     The families that mixtures are made of are drawn without touching the global generators; any
     other falls back to ``distribution.sample()`` under :func:`bayesgen.rng.fork`, one thread at a
     time.
     """
-    match distribution:
-        case td.MixtureSameFamily():
-            mixture = distribution.mixture_distribution
-            label = rng.categorical(mixture.logits, generator, dim=-1)
-            drawn = draw_from(distribution.component_distribution, generator)
-            label = label.reshape(*label.shape, *([1] * (drawn.ndim - label.ndim)))
-            return torch.take_along_dim(drawn, label, mixture.logits.ndim - 1).squeeze(
-                mixture.logits.ndim - 1
-            )
-        case td.Independent():
-            return draw_from(distribution.base_dist, generator)
-        case td.MultivariateNormal():
-            noise = _noise(distribution, distribution.loc, generator)
-            return distribution.loc + (distribution.scale_tril @ noise.unsqueeze(-1)).squeeze(-1)
-        case td.Normal():
-            return distribution.loc + distribution.scale * _noise(
-                distribution, distribution.loc, generator
-            )
-        case td.Bernoulli():
-            return torch.bernoulli(distribution.probs, generator=generator)
-        case td.Poisson():
-            return torch.poisson(distribution.rate, generator=generator)
-        case td.Categorical():
-            return rng.categorical(distribution.logits, generator, dim=-1)
-        case _:
-            with _FORK, rng.fork(generator):
-                return distribution.sample()
+    kind = _kind(distribution)
+    if kind is td.MixtureSameFamily:
+        mixture = distribution.mixture_distribution
+        label = rng.categorical(mixture.logits, generator, dim=-1)
+        drawn = draw_from(distribution.component_distribution, generator)
+        dim = mixture.logits.ndim - 1
+        label = label.reshape(*label.shape, *([1] * (drawn.ndim - label.ndim)))
+        return torch.take_along_dim(drawn, label, dim).squeeze(dim)
+    if kind is td.Independent:
+        return draw_from(distribution.base_dist, generator)
+    if kind is td.MultivariateNormal:
+        noise = _noise(distribution, distribution.loc, generator)
+        return distribution.loc + (distribution.scale_tril @ noise.unsqueeze(-1)).squeeze(-1)
+    if kind is td.Normal:
+        noise = _noise(distribution, distribution.loc, generator)
+        return distribution.loc + distribution.scale * noise
+    if kind is td.Bernoulli:
+        return torch.bernoulli(distribution.probs, generator=generator)
+    if kind is td.Poisson:
+        return torch.poisson(distribution.rate, generator=generator)
+    if kind is td.Categorical:
+        return rng.categorical(distribution.logits, generator, dim=-1)
+    with _FORK, rng.fork(generator):
+        return distribution.sample()
+
+
+_KNOWN: tuple[type[td.Distribution], ...] = (
+    td.MixtureSameFamily,
+    td.Independent,
+    td.MultivariateNormal,
+    td.Normal,
+    td.Bernoulli,
+    td.Poisson,
+    td.Categorical,
+)
+
+
+def _kind(distribution: Any) -> type[td.Distribution] | None:
+    """The family that it samples as; None for others, and children with their own sampler."""
+    for family in _KNOWN:
+        if isinstance(distribution, family):
+            own = type(distribution)
+            same = own.sample is family.sample and own.rsample is family.rsample
+            return family if same else None
+    return None
 
 
 def _noise(distribution: td.Distribution, like: Tensor, generator: torch.Generator) -> Tensor:

@@ -254,6 +254,27 @@ def test_z_scores_are_calibrated():
     assert 0.5 < float(np.std(z)) < 1.8
 
 
+def test_the_number_of_clusters_is_an_invariant(fit):
+    counted = dataclasses.replace(
+        fit,
+        sample_stats={"num_occupied": torch.full((4, 250), 7)},
+        model=without_invariants(fit.model),
+    )
+    assert counted.arviz.posterior["num_occupied"].values.mean() == 7.0
+    assert "num_occupied" in counted.summary().table.index
+    kept = dataclasses.replace(counted, sample_stats={}, history={"num_occupied": [9.0, 6.0]})
+    table = agreement({"a": counted, "b": kept})
+    assert table.loc[("num_occupied", "b"), "difference"] == -1.0
+
+
+def without_invariants(model):
+    class Quiet(type(model)):
+        def invariants(self, draws):
+            return {}
+
+    return Quiet(model.num_components, columns=model.columns)
+
+
 def test_agreement_needs_two_fits_and_rows(fit):
     with pytest.raises(ValueError, match="at least two"):
         agreement({"a": fit})

@@ -267,6 +267,19 @@ def test_draws_from_an_explicit_generator_follow_the_law(law):
     assert stats.ks_2samp(*left).pvalue > 1e-4
 
 
+def test_a_child_with_its_own_sampler_is_respected():
+    class Shifted(torch.distributions.Normal):
+        def sample(self, sample_shape=()):
+            return super().sample(sample_shape) + 100.0
+
+    before = torch.get_rng_state()
+    law = Shifted(torch.zeros(50), torch.ones(50))
+    one, two = (verbs.draw_from(law, rng.make_generator(0)) for _ in range(2))
+    assert float(one.min()) > 90.0
+    assert torch.equal(one, two)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_threads_give_what_one_thread_gives(fit):
     x = holes(rows(60, seed=8))
 

@@ -185,6 +185,22 @@ def test_confused_components_are_named():
     assert found.ambiguity[0, 1] < 1e-6
 
 
+def test_a_component_that_comes_and_goes_is_not_read():
+    x = blobs([0.0, 6.0, 30.0])
+    fit = mixture([0.0, 6.0, 30.0], [0.5, 0.3, 0.2], x=x)
+    weights = torch.tensor([[0.5, 0.3, 0.2], [0.55, 0.45, 1e-9]], dtype=torch.float64)
+    draws = dict(fit.aligned.draws)
+    half = torch.arange(100).remainder(2)
+    draws["weights"] = weights[half].expand(2, 100, 3)
+    loc = draws["loc"].clone()
+    loc[:, half == 1, 2] = -500.0  # wherever the prior puts an empty component
+    found = type(fit)(fit.model, {**draws, "loc": loc}, data=fit.data).aligned
+    assert found.presence.tolist() == [1.0, 1.0, 0.5]
+    assert found.identified == (0, 1)
+    assert found.empty == ()
+    assert "component 2 lives in 50% of the draws only" in found.message
+
+
 @pytest.mark.parametrize(("gap", "ambiguous"), [(0.1, True), (6.0, False)])
 def test_the_flag_follows_the_separation(gap, ambiguous):
     fit = mixture([0.0, gap], [0.5, 0.5], spread=0.15)
