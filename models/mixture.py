@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from bayesgen.models.families.base import Family
 
 __all__ = ["GaussianMixture", "Mixture"]
+
+_LOG2_E = math.log2(math.e)
 
 
 class _Rows(dist.TorchDistribution):
@@ -77,6 +80,19 @@ class _Rows(dist.TorchDistribution):
         labels = torch.multinomial(self.weights, n, replacement=True, generator=generator)
         repeated = {k: v.expand(n, *v.shape) for k, v in self.values.items()}
         return self.family.draw(repeated, labels, generator=generator)
+
+
+def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax over components and its log normaliser; overwrites ``logits (..., K, n)``.
+
+    One pass of exponentials, to the base two: several times faster on a CPU than ``exp``, and
+    without its penalty where float32 underflows.
+    """
+    top = logits.amax(-2, keepdim=True)
+    weights = logits.sub_(top).mul_(_LOG2_E).exp2_()
+    total = weights.sum(-2, keepdim=True)
+    normaliser = (top + total.log()).squeeze(-2)
+    return weights.mul_(total.reciprocal_()), normaliser
 
 
 @dataclass(frozen=True, eq=False)
@@ -277,15 +293,14 @@ class Mixture(Model, Program, Scored, Generative, Encoder, Conditional, Symmetri
     ) -> Local:
         message = messages["components"]
         evaluation = self.family.evaluate(observed, message)
-        logits = evaluation.scores + messages["weights"]["log_weights"].unsqueeze(-1).to(
-            evaluation.scores.dtype
-        )
-        normaliser = torch.logsumexp(logits, dim=-2)
+        weights = messages["weights"]["log_weights"].unsqueeze(-1)
+        logits = evaluation.scores + weights.to(evaluation.scores.dtype)
         latents: dict[str, Tensor]
         if generator is None:
-            responsibilities = (logits - normaliser.unsqueeze(-2)).exp_()
+            responsibilities, normaliser = _softmax(logits)
             latents = {"responsibilities": responsibilities}
         else:
+            normaliser = torch.logsumexp(logits, dim=-2)
             labels = rng.categorical(logits, generator)
             responsibilities = torch.zeros_like(logits).scatter_(-2, labels.unsqueeze(-2), 1.0)
             latents = {"labels": labels}
