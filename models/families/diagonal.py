@@ -40,6 +40,10 @@ if TYPE_CHECKING:
 __all__ = ["DiagonalGaussian"]
 
 
+# Spread expected within a component, as a share of that of the whole data; as for Gaussian.
+_WITHIN = 0.5
+
+
 @dataclass(frozen=True, eq=False)
 class DiagonalGaussian(Factorised):
     r"""Gaussian components with independent columns, missing entries dropped exactly.
@@ -52,7 +56,7 @@ class DiagonalGaussian(Factorised):
     The default prior is weakly informative and scaled to the data, in one dimension the same as
     that of :class:`~bayesgen.models.families.gaussian.Gaussian`: the mean's prior sits at the
     data's mean and is worth a hundredth of an observation, the variance's has ``a = 3/2`` and
-    mean ``var / K^(2/d)``.
+    expects a component to spread half as far as the data as a whole.
 
     Priors: ``"components"`` is a :class:`~bayesgen.distributions.NormalInverseGamma` of batch
     ``(d,)`` or ``()``, or a :class:`~bayesgen.priors.HierarchicalNormalInverseWishart`, of which
@@ -158,9 +162,10 @@ class DiagonalGaussian(Factorised):
 
     @property
     def _default(self) -> NormalInverseGamma:
+        centre = self._centre
         assert self.scale is not None
-        spread = self.scale.square() / self.num_components ** (2.0 / self._d)
-        return NormalInverseGamma(self._centre, 0.01, 1.5, 0.5 * spread)
+        # E[1 / variance] = 1.5 / rate: the variance expected is that of half the spread.
+        return NormalInverseGamma(centre, 0.01, 1.5, 1.5 * (_WITHIN * self.scale).square())
 
     @property
     def block(self) -> NormalInverseGammaBlock:

@@ -84,15 +84,16 @@ def full_log_prob(batch: Quadratic, message: Tensors) -> Tensor:
 class Gaussian(Family):
     r"""Gaussian components :math:`x \mid k \sim \mathrm{N}(\mu_k, \Sigma_k)`.
 
-    The default prior is normal-inverse-Wishart, weakly informative and scaled to the data: the mean's
-    prior sits at the data's mean and is worth a hundredth of an observation; the covariance's has
-    ``d + 2`` degrees of freedom and a diagonal scale matrix, such that each column given the others is
-    expected to spread half as far within a component as in the data as a whole. It does not depend on
-    the number of components, which may thus be a generous upper bound.
+    The default prior is normal-inverse-Wishart, weakly informative and scaled to the data: the
+    mean's prior sits at the data's mean and is worth a hundredth of an observation; the
+    covariance's has ``d + 2`` degrees of freedom and a diagonal scale matrix, such that each
+    column given the others is expected to spread half as far within a component as in the data as
+    a whole. It does not depend on the number of components, which may thus be a generous upper
+    bound.
 
     References:
-        Fraley & Raftery (2007). Bayesian regularization for normal mixture estimation and model-based
-        clustering.
+        Fraley & Raftery (2007). Bayesian regularization for normal mixture estimation and
+        model-based clustering.
 
     Args:
         tied: One covariance for all components.
@@ -175,8 +176,8 @@ class Gaussian(Family):
 
     @property
     def _default(self) -> NormalInverseWishart:
-        assert self.spread is not None
         df = self._d + 2.0
+        assert self.spread is not None
         # E[precision]_jj = df / scale_jj: the conditional variance expected is (spread / 2)^2.
         return NormalInverseWishart(
             self._centre,
@@ -313,7 +314,8 @@ class Gaussian(Family):
         assert self.scale is not None
         return torch.nan_to_num(self._centred(x) / self.scale.to(x.device), nan=0.0)
 
-    # ------------------------------------------------------------ densities and draws, data's units
+    # ------------------------------------------------------------ densities and draws, data's
+    # units
     def _internal(self, values: Tensors) -> dict[str, Tensor]:
         factor = values["scale_tril"]
         return {
