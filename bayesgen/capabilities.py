@@ -1,10 +1,11 @@
 """What a model can do: the small contracts that engines and verbs ask for.
 
-An engine never asks what a model *is*; it asks for a capability with :func:`require`, which raises a
-``TypeError`` naming the missing one. Every class below is abstract; every model is final.
+An engine never asks what a model *is*; it asks for a capability with :func:`require`, which raises
+a ``TypeError`` naming the missing one. Every class below is abstract; every model is final.
 
-Shapes: data ``(n, d)`` (or ``(n, channels, height, width)``); draws are mappings from site name to a
-tensor ``(*draw, *event)``, where ``*draw`` is usually ``(chain, draw)``; log densities are in nats.
+Shapes: data ``(n, d)`` (or ``(n, channels, height, width)``); draws are mappings from site name to
+    a tensor ``(*draw, *event)``, where ``*draw`` is usually ``(chain, draw)``; log densities are
+    in nats.
 """
 
 from __future__ import annotations
@@ -121,8 +122,8 @@ class Conditional(ABC):
     def condition(self, x: Tensor, observed: Tensor, draws: Tensors) -> Distribution:
         """``p(x[~observed] | x[observed], draw)``: batch ``(*draw, n)``, event ``(d_missing,)``.
 
-        ``observed`` is one boolean mask ``(d,)`` for all rows of ``x`` ``(n, d)``; entries of ``x``
-        outside the mask are not read.
+        ``observed`` is one boolean mask ``(d,)`` for all rows of ``x`` ``(n, d)``; entries of
+        ``x`` outside the mask are not read.
         """
 
 
@@ -143,8 +144,9 @@ class Conjugate(ABC):
     """A model made of conjugate blocks: one description serves EM, variational Bayes and Gibbs.
 
     The engines alternate a *local* step (latents of each row given a message about the parameters)
-    and a *global* one (each :class:`~bayesgen.conjugate.Block` turns the summed statistics into its
-    mode, a draw, or expectations). Everything carries leading batch dimensions (chains, starts).
+    and a *global* one (each :class:`~bayesgen.conjugate.Block` turns the summed statistics into
+    its mode, a draw, or expectations). Everything carries leading batch dimensions (chains,
+    starts).
     """
 
     @property
@@ -182,8 +184,8 @@ class Conjugate(ABC):
     def inner(self, messages: Mapping[str, Tensors], statistics: Mapping[str, Tensors]) -> Tensor:
         """Expected complete-data log density carried by the statistics, ``(...)``: linear in them.
 
-        The bound of a batch is this plus the entropy of its latents, which is how memoised passes keep
-        an exact bound without visiting every batch.
+        The bound of a batch is this plus the entropy of its latents, which is how memoised passes
+        keep an exact bound without visiting every batch.
         """
 
     @abstractmethod
@@ -198,9 +200,18 @@ class Conjugate(ABC):
 
     @abstractmethod
     def start(
-        self, x: Tensor, *, num_batch: int, generator: torch.Generator
+        self,
+        x: Tensor,
+        *,
+        num_batch: int,
+        generator: torch.Generator,
+        varied: bool = False,
     ) -> Mapping[str, Tensors]:
-        """Statistics of ``num_batch`` random starting assignments of the rows of ``x``, by block."""
+        """Statistics of ``num_batch`` random starting assignments of the rows of ``x``, by block.
+
+        Each assignment uses all components; with ``varied`` the first does, the last uses two, and
+        the others lie between.
+        """
 
     @abstractmethod
     def export(self, values: Mapping[str, Tensors]) -> dict[str, Tensor]:

@@ -1,9 +1,9 @@
 """Conjugacy as data: one block serves EM, variational Bayes and Gibbs.
 
-A :class:`Block` holds a prior. Given additive sufficient statistics it returns the conjugate posterior,
-and from that posterior the mode (EM), a draw (Gibbs) or expectations (variational Bayes). A prior whose
-hyperparameters are themselves random stays conjugate *given* them; the block then also updates its
-hyperparameters, so that the engines need not know.
+A :class:`Block` holds a prior. Given additive sufficient statistics it returns the conjugate
+posterior, and from that posterior the mode (EM), a draw (Gibbs) or expectations (variational
+Bayes). A prior whose hyperparameters are themselves random stays conjugate *given* them; the block
+then also updates its hyperparameters, so that the engines need not know.
 
 Every tensor may carry leading batch dimensions ``(...)``: chains of Gibbs, starts of EM.
 """

@@ -1,7 +1,8 @@
 """Priors by site name: what may be given, and the conjugate ones that carry their own hyperpriors.
 
-A prior is a Pyro distribution, a callable that samples its own hyperparameters and returns one, or one
-of the descriptions below, which the conjugate engines (EM, variational Bayes, Gibbs) understand as well.
+A prior is a Pyro distribution, a callable that samples its own hyperparameters and returns one, or
+one of the descriptions below, which the conjugate engines (EM, variational Bayes, Gibbs)
+understand as well.
 """
 
 from __future__ import annotations
@@ -44,12 +45,12 @@ def _check_positive(owner: str, **values: float | None) -> None:
 class SymmetricDirichlet:
     r"""Weights ``~ Dirichlet(concentration, ..., concentration)``.
 
-    Well below 1 the prior is sparse: superfluous components stay empty, and the data choose how many
-    live (a sparse finite mixture).
+    Well below 1 the prior is sparse: superfluous components stay empty, and the data choose how
+    many live (a sparse finite mixture).
 
     References:
-        Malsiner-Walli, Frühwirth-Schnatter & Grün (2016). Model-based clustering based on sparse finite
-        Gaussian mixtures.
+        Malsiner-Walli, Frühwirth-Schnatter & Grün (2016). Model-based clustering based on sparse
+        finite Gaussian mixtures.
 
     Args:
         concentration: Concentration of each component, positive.
@@ -68,12 +69,13 @@ class GammaDirichlet:
     .. math:: e \sim \mathrm{Gamma}(\text{shape}, \text{rate}), \quad w \mid e \sim \mathrm{Dirichlet}(e, \dots, e)
 
     References:
-        Frühwirth-Schnatter & Malsiner-Walli (2019). From here to infinity: sparse finite versus Dirichlet
-        process mixtures in model-based clustering.
+        Frühwirth-Schnatter & Malsiner-Walli (2019). From here to infinity: sparse finite versus
+        Dirichlet process mixtures in model-based clustering.
 
     Args:
         shape: Shape of the Gamma hyperprior, positive.
-        rate: Rate of the Gamma hyperprior, positive; the prior mean of each concentration is shape / rate.
+        rate: Rate of the Gamma hyperprior, positive; the prior mean of each concentration is shape
+            / rate.
     """
 
     shape: float
@@ -129,7 +131,8 @@ class HierarchicalNormalInverseWishart:
     It frees the size of the clusters from a guess: the components teach each other their scale.
 
     References:
-        Richardson & Green (1997). On Bayesian analysis of mixtures with an unknown number of components.
+        Richardson & Green (1997). On Bayesian analysis of mixtures with an unknown number of
+        components.
 
     Args:
         loc: Prior mean of the component means, ``(d,)`` in the data's units.

@@ -1,12 +1,12 @@
 """Coordinate ascent on conjugate blocks: what EM and variational Bayes share.
 
-A :class:`Rule` says how statistics become parameters, messages and a penalty; the rest - full passes,
-memoised and stochastic minibatches, several starts in one batch - is the same for both.
+A :class:`Rule` says how statistics become parameters, messages and a penalty; the rest - full
+passes, memoised and stochastic minibatches, several starts in one batch - is the same for both.
 
 References:
-    Neal & Hinton (1998). A view of the EM algorithm that justifies incremental, sparse and other variants.
-    Hughes & Sudderth (2013). Memoized online variational inference for Dirichlet process mixture models.
-    Hoffman, Blei, Wang & Paisley (2013). Stochastic variational inference.
+    Neal & Hinton (1998). A view of the EM algorithm that justifies incremental, sparse and other
+    variants. Hughes & Sudderth (2013). Memoized online variational inference for Dirichlet process
+    mixture models. Hoffman, Blei, Wang & Paisley (2013). Stochastic variational inference.
 """
 
 from __future__ import annotations
@@ -99,11 +99,19 @@ def _map(function: Callable[[Tensor], Tensor], nested: Mapping[str, Tensors]) ->
 
 
 def begin(
-    rule: Rule, source: Source, num_starts: int, generator: torch.Generator, *, limit: int = 20_000
+    rule: Rule,
+    source: Source,
+    num_starts: int,
+    generator: torch.Generator,
+    *,
+    varied: bool = False,
+    limit: int = 20_000,
 ) -> Ascent:
     """Parameters of ``num_starts`` k-means++ starts, found on at most ``limit`` rows."""
     rows = source.rows(limit, generator)
-    start = source.model.start(rows, num_batch=num_starts, generator=generator)
+    start = source.model.start(
+        rows, num_batch=num_starts, generator=generator, varied=varied
+    )
     share = source.num_rows / len(rows)
     return evaluate(
         rule, source, rule.solve(source.model, _map(lambda s: s * share, start), None), 0
@@ -138,7 +146,8 @@ def _memoised(rule: Rule, source: Source, state: Ascent) -> Ascent:
     memory: list[Nested] = []
     entropies: list[Tensor] = []
     if fresh:
-        # The first pass fills the memory under fixed parameters; totals then are sums of its parts.
+        # The first pass fills the memory under fixed parameters; totals then are sums of its
+        # parts.
         total = None
     for index, observed in enumerate(source):
         messages = rule.messages(model, parameters)

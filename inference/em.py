@@ -66,22 +66,24 @@ class EM(Engine[Ascent]):
 
     .. math:: \theta^{(t+1)} = \arg\max_\theta E_{z \mid x, \theta^{(t)}}[\log p(x, z \mid \theta)] + \log p(\theta)
 
-    Each step is one pass over the data: two matrix products for a mixture. The objective, recorded in
-    ``fit.history["objective"]``, never falls under the schedules ``"full"`` and ``"memoised"``.
+    Each step is one pass over the data: two matrix products for a mixture. The objective, recorded
+    in ``fit.history["objective"]``, never falls under the schedules ``"full"`` and ``"memoised"``.
 
     References:
-        Dempster, Laird & Rubin (1977). Maximum likelihood from incomplete data via the EM algorithm.
-        Neal & Hinton (1998). A view of the EM algorithm that justifies incremental, sparse and other
-        variants.
+        Dempster, Laird & Rubin (1977). Maximum likelihood from incomplete data via the EM
+        algorithm. Neal & Hinton (1998). A view of the EM algorithm that justifies incremental,
+        sparse and other variants.
 
     Args:
-        objective: ``"posterior"`` climbs to the mode under the model's priors (in the softmax basis for
-            weights), ``"likelihood"`` ignores them.
+        objective: ``"posterior"`` climbs to the mode under the model's priors (in the softmax
+            basis for weights), ``"likelihood"`` ignores them.
         num_starts: k-means++ starts run as one batch; the best one that has not collapsed is kept.
-        tolerance: Converged when the objective of every start rises by less than this, in nats a row.
+        tolerance: Converged when the objective of every start rises by less than this, in nats a
+            row.
         max_steps: Passes at most.
-        schedule: ``"full"`` passes (exact, also when streamed from disk), ``"memoised"`` (incremental EM:
-            exact, parameters move after every minibatch) or ``"stochastic"`` (Robbins-Monro).
+        schedule: ``"full"`` passes (exact, also when streamed from disk), ``"memoised"``
+            (incremental EM: exact, parameters move after every minibatch) or ``"stochastic"``
+            (Robbins-Monro).
         batch_size: Rows of a minibatch; None chooses chunks that fit the processor's cache.
         dtype: Precision of the products over rows; statistics are merged in float64.
         device: Where to compute.

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from dataclasses import replace as replace_task
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bayesgen.capabilities import Conjugate
+from bayesgen.data import Dataset
 from bayesgen.inference.checks import check_settings
-from bayesgen.inference.coordinate import Nested
+from bayesgen.inference.coordinate import Nested, stack
 from bayesgen.inference.run import Engine, Info, Task
 from bayesgen.inference.source import Source
 from bayesgen.inference.split_merge import split_merge
+from bayesgen.inference.vb import VB
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Gibbs"]
 
 _START_ROWS = 20_000
+_SEARCH_STEPS = 300
 
 
 class GibbsState(NamedTuple):
@@ -54,15 +58,16 @@ class Gibbs(Engine[GibbsState]):
 
     .. math:: z \sim p(z \mid x, \theta), \quad \theta \sim p(\theta \mid x, z)
 
-    All chains advance together as one batch of tensors. When labels alone determine the statistics (no
-    missing entries, no local scales) and the rows are in memory, each sweep also tries split-merge moves
-    with weights and parameters integrated out; a merge is what deletes a component. Rows that stream
-    from disk are passed over at flat memory: only parameters and statistics are kept.
+    All chains advance together as one batch of tensors. When labels alone determine the statistics
+    (no missing entries, no local scales) and the rows are in memory, each sweep also tries
+    split-merge moves with weights and parameters integrated out; a merge is what deletes a
+    component. Other data get one search by variational Bayes a chain as their start. Rows that
+    stream from disk are passed over at flat memory: only parameters and statistics are kept.
 
     References:
-        Diebolt & Robert (1994). Estimation of finite mixture distributions through Bayesian sampling.
-        Jain & Neal (2004). A split-merge Markov chain Monte Carlo procedure for the Dirichlet process
-        mixture model.
+        Diebolt & Robert (1994). Estimation of finite mixture distributions through Bayesian
+        sampling. Jain & Neal (2004). A split-merge Markov chain Monte Carlo procedure for the
+        Dirichlet process mixture model.
 
     Args:
         num_chains: Chains, started from different k-means++ assignments.
@@ -129,7 +134,10 @@ class Gibbs(Engine[GibbsState]):
 
     def init(self, task: Task, work: Work) -> GibbsState:
         rows = work.source.rows(_START_ROWS, task.generator)
-        start = task.model.start(rows, num_batch=self.num_chains, generator=task.generator)
+        if work.observed is None and self.num_moves > 0:
+            start = self._settled(task, rows)
+        else:
+            start = task.model.start(rows, num_batch=self.num_chains, generator=task.generator)
         share = work.source.num_rows / len(rows)
         values = self._draw(
             task, {b: {k: share * v for k, v in s.items()} for b, s in start.items()}, None
@@ -146,6 +154,26 @@ class Gibbs(Engine[GibbsState]):
             0,
             torch.zeros(self.num_chains, dtype=torch.float64, device=task.device),
         )
+
+    def _settled(self, task: Task, rows: Tensor) -> Nested:
+        """Statistics of one variational optimum a chain, for data that split-merge moves cannot handle.
+
+        Such chains could not leave a poor start by themselves. Each search has its own k-means++
+        start, so chains that end in different optima still show as an R-hat above 1.
+        """
+        data = Dataset.from_codes(rows, task.data.schema)
+        part = replace_task(task, data=data)
+        search = VB(num_starts=1, tolerance=1e-4, dtype=self.dtype, device=self.device)
+        work = search.prepare(part)
+        found = []
+        for _ in range(self.num_chains):
+            state = search.init(part, work)
+            for _ in range(_SEARCH_STEPS):
+                state, info = search.step(part, work, state)
+                if info.done:
+                    break
+            found.append(state.statistics)
+        return stack(found)
 
     def _buffer(self, value: Tensor) -> Tensor:
         shape = (value.shape[0], self.num_samples, *value.shape[1:])
@@ -164,7 +192,8 @@ class Gibbs(Engine[GibbsState]):
             )
             accepted = accepted + gained
         occupied = (task.model.occupancy(statistics) > 0.5).sum(-1).double()
-        # Values and their own log likelihood are recorded together: the sweep above has just found it.
+        # Values and their own log likelihood are recorded together: the sweep above has just found
+        # it.
         self._record(task, state, local.bound, occupied)
         values = self._draw(task, statistics, state.values)
         info = Info(
@@ -239,8 +268,8 @@ class Gibbs(Engine[GibbsState]):
         messages = []
         if self.num_moves and work.observed is None:
             messages.append(
-                "split-merge moves were not used: they need rows in memory, without missing entries or "
-                "local scales."
+                "split-merge moves were not used, since they need rows in memory, without missing entries "
+                "or local scales; each chain started from a variational optimum of its own instead."
             )
         return {
             "draws": task.model.export(draws),

@@ -123,8 +123,8 @@ class Engine(ABC, Generic[S]):
             seed: Seed of every random number of the run; same seed, same fit.
             callbacks: Called after each step with a :class:`Progress`; True stops the run.
             resume: A folder for checkpoints. What it holds is continued, exactly as if the run had
-                never stopped; it is brought up to date every 20 seconds and at the end, and Ctrl-C keeps
-                what is there.
+                never stopped; it is brought up to date every 20 seconds and at the end, and Ctrl-C
+                keeps what is there.
 
         Returns:
             The fit. ``attrs["converged"]`` says whether the run reached its own criterion.

@@ -81,17 +81,23 @@ class Source:
             yield from self._rows.split(self.batch_size)
 
     def rows(self, limit: int, generator: torch.Generator) -> Tensor:
-        """At most ``limit`` rows ``(m, d)`` for starts and proposals: all, or a random sample."""
+        """At most ``limit`` rows ``(m, d)`` for starts and proposals: all, or a random sample.
+
+        The same rows whether they are in memory or streamed.
+        """
+        if self.num_rows <= limit:
+            return self._rows if self._rows is not None else torch.cat(list(self._chunks()))
+        index = torch.randint(
+            self.num_rows, (limit,), generator=generator, device=generator.device
+        )
+        index = index.unique().to(self.device)
         if self._rows is not None:
-            if self.num_rows <= limit:
-                return self._rows
-            order = torch.randperm(self.num_rows, generator=generator, device=generator.device)
-            return self._rows[order[:limit].to(self.device)]
-        parts = []
-        share = limit / self.num_rows
-        for batch in self.data.batches(self.batch_size, device=self.device):
-            keep = torch.rand(len(batch), generator=generator, device=generator.device) < share
-            parts.append(batch[keep.to(self.device)])
+            return self._rows[index]
+        parts, start = [], 0
+        for batch in self._chunks():
+            here = index[(index >= start) & (index < start + len(batch))]
+            parts.append(batch[here - start])
+            start += len(batch)
         return torch.cat(parts)
 
     def sweep(

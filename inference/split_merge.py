@@ -1,13 +1,14 @@
 """Split-merge Metropolis-Hastings moves for Gibbs sampling of mixtures, many chains at once.
 
-Gibbs sampling alone cannot leave a mode in which two clusters share a component. A move picks two rows:
-in one component, it proposes to split that component between them; in two, to merge them. The split is
-drawn from a *launch*: a short deterministic EM between the two rows, which depends on the pooled rows
-only, so the reverse probability is available in closed form. Weights and parameters are integrated out.
+Gibbs sampling alone cannot leave a mode in which two clusters share a component. A move picks two
+rows: in one component, it proposes to split that component between them; in two, to merge them.
+The split is drawn from a *launch*: a short deterministic EM between the two rows, which depends on
+the pooled rows only, so the reverse probability is available in closed form. Weights and
+parameters are integrated out.
 
 References:
-    Jain & Neal (2004). A split-merge Markov chain Monte Carlo procedure for the Dirichlet process mixture
-    model.
+    Jain & Neal (2004). A split-merge Markov chain Monte Carlo procedure for the Dirichlet process
+    mixture model.
 """
 
 from __future__ import annotations
@@ -65,8 +66,9 @@ def split_merge(
         statistics: Statistics of these labels.
         values: Current values of the blocks; only hyperparameters are read.
         generator: Source of randomness.
-        exact: With the Hastings correction, so that the posterior is left invariant. Without it, for
-            warm-up, evidence alone decides: chains then find the posterior's bulk in few sweeps.
+        exact: With the Hastings correction, so that the posterior is left invariant. Without it,
+            for warm-up, evidence alone decides: chains then find the posterior's bulk in few
+            sweeps.
     """
     chains, n = labels.shape
     size = model.occupancy(statistics)

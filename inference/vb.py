@@ -83,15 +83,14 @@ class VB(Engine[VBState]):
 
     .. math:: \mathrm{ELBO} = E_q[\log p(x, z, \theta) - \log q(z)\,q(\theta)] \le \log p(x)
 
-    Several k-means++ starts climb in one batch; the best goes on with merge, delete and split moves,
-    each accepted only if the exact ELBO of all the data rises, so the number of clusters is not left to
-    the start. ``fit.history["elbo"]`` never falls under the schedules ``"full"`` and ``"memoised"`` (a
-    fall beyond rounding raises).
+    Several k-means++ starts climb in one batch; the best goes on with merge, delete and split
+    moves, each accepted only if the exact ELBO of all the data rises, so the number of clusters is
+    not left to the start. ``fit.history["elbo"]`` never falls under the schedules ``"full"`` and
+    ``"memoised"`` (a fall beyond rounding raises).
 
     References:
-        Attias (2000). A variational Bayesian framework for graphical models.
-        Hughes & Sudderth (2013). Memoized online variational inference for Dirichlet process mixture
-        models.
+        Attias (2000). A variational Bayesian framework for graphical models. Hughes & Sudderth
+        (2013). Memoized online variational inference for Dirichlet process mixture models.
         Hoffman, Blei, Wang & Paisley (2013). Stochastic variational inference.
 
     Args:
@@ -100,8 +99,8 @@ class VB(Engine[VBState]):
         max_steps: Steps at most; a step is a pass over the data, or one round of moves.
         moves: Whether to search by merge, delete and split moves after the ascent.
         num_samples: Draws from the variational posterior that the fit holds.
-        schedule: ``"full"`` passes (exact, also when streamed from disk), ``"memoised"`` (exact; the
-            posterior moves after every minibatch) or ``"stochastic"`` (Robbins-Monro).
+        schedule: ``"full"`` passes (exact, also when streamed from disk), ``"memoised"`` (exact;
+            the posterior moves after every minibatch) or ``"stochastic"`` (Robbins-Monro).
         batch_size: Rows of a minibatch; None chooses chunks that fit the processor's cache.
         dtype: Precision of the products over rows; statistics are merged in float64.
         device: Where to compute.
@@ -147,7 +146,7 @@ class VB(Engine[VBState]):
         )
 
     def init(self, task: Task, work: Source) -> VBState:
-        start = begin(_Expectation(), work, self.num_starts, task.generator)
+        start = begin(_Expectation(), work, self.num_starts, task.generator, varied=True)
         return VBState(*start, phase="starts", kind=0, failures=0)
 
     def step(self, task: Task, work: Source, state: VBState) -> tuple[VBState, Info]:

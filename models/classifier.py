@@ -38,17 +38,18 @@ class MixtureClassifier:
         p(y \mid x) = \frac{p(y)\,p(x \mid y)}{\sum_{y'} p(y')\,p(x \mid y')}, \qquad
         p(y) = \frac{n_y + \alpha}{n + \alpha C}
 
-    Unlike a discriminative classifier it also answers :math:`p(x)` and :math:`p(x \mid y)`, generates rows
-    of a class, and classifies rows with missing entries, whose holes are integrated out. With one full
-    Gaussian a class, fitted by maximum likelihood, it is quadratic discriminant analysis.
+    Unlike a discriminative classifier it also answers :math:`p(x)` and :math:`p(x \mid y)`,
+    generates rows of a class, and classifies rows with missing entries, whose holes are integrated
+    out. With one full Gaussian a class, fitted by maximum likelihood, it is quadratic discriminant
+    analysis.
 
     References:
         Hastie & Tibshirani (1996). Discriminant analysis by Gaussian mixtures.
 
     Args:
         model: The model of one class, such as ``GaussianMixture(3)``.
-        concentration: Dirichlet pseudo-count :math:`\alpha \ge 0` of each class in the prior of the
-            classes; 0 takes their shares of the training rows.
+        concentration: Dirichlet pseudo-count :math:`\alpha \ge 0` of each class in the prior of
+            the classes; 0 takes their shares of the training rows.
 
     Example:
         >>> from bayesgen import datasets

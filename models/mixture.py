@@ -100,25 +100,26 @@ class Mixture(Model, Program, Scored, Generative, Encoder, Conditional, Symmetri
     r"""A Bayesian mixture of ``num_components`` components of one family.
 
     .. math::
-        w \sim p(w), \quad \theta_k \sim p(\theta), \quad z_i \mid w \sim \mathrm{Categorical}(w), \quad
-        x_i \mid z_i \sim p(x \mid \theta_{z_i})
+        w \sim p(w), \quad \theta_k \sim p(\theta), \quad z_i \mid w \sim \mathrm{Categorical}(w),
+        \quad x_i \mid z_i \sim p(x \mid \theta_{z_i})
 
     Labels are summed out of the Pyro program and of every density. With a sparse weights prior
     ``num_components`` is an upper bound, and the data choose how many components live.
 
     References:
-        Bishop (2006). Pattern Recognition and Machine Learning, section 10.2.
-        Malsiner-Walli, Frühwirth-Schnatter & Grün (2016). Model-based clustering based on sparse finite
-        Gaussian mixtures.
+        Bishop (2006). Pattern Recognition and Machine Learning, section 10.2. Malsiner-Walli,
+        Frühwirth-Schnatter & Grün (2016). Model-based clustering based on sparse finite Gaussian
+        mixtures.
 
     Args:
         family: The component family, such as ``Gaussian()``.
         num_components: Number of components, or their upper bound.
-        priors: By site: ``"weights"`` and the family's own keys. Default: weakly informative, scaled to
-            the data when the model is bound to them.
+        priors: By site: ``"weights"`` and the family's own keys. Default: weakly informative,
+            scaled to the data when the model is bound to them.
 
     Raises:
-        ValueError: ``num_components`` below 1, an unknown site in ``priors``, or a prior that does not fit.
+        ValueError: ``num_components`` below 1, an unknown site in ``priors``, or a prior that does
+            not fit.
         TypeError: A prior of a kind that the site does not understand.
 
     Example:
@@ -213,7 +214,8 @@ class Mixture(Model, Program, Scored, Generative, Encoder, Conditional, Symmetri
             law = _Rows(self.family, weights, values, *batch.shape)
             pyro.sample("x", law, obs=batch)
 
-    # ------------------------------------------------------------ Scored, Generative, Encoder, Conditional
+    # ------------------------------------------------------------ Scored, Generative, Encoder,
+    # Conditional
     def _logits(self, x: Tensor, draws: Tensors) -> Tensor:
         return self.family.log_prob(x, draws) + draws["weights"].log().unsqueeze(-1)
 
@@ -327,13 +329,21 @@ class Mixture(Model, Program, Scored, Generative, Encoder, Conditional, Symmetri
         return self.family.embed(x)
 
     def start(
-        self, x: Tensor, *, num_batch: int, generator: torch.Generator
+        self,
+        x: Tensor,
+        *,
+        num_batch: int,
+        generator: torch.Generator,
+        varied: bool = False,
     ) -> dict[str, dict[str, Tensor]]:
-        points = self.embed(x)
-        hard = torch.stack([self._seeded(points, generator) for _ in range(num_batch)])
+        points, k = self.embed(x), self.num_components
+        sizes = [k] * num_batch
+        if varied and k > 2 and num_batch > 1:
+            sizes = [round(k * (2 / k) ** (i / (num_batch - 1))) for i in range(num_batch)]
+        hard = torch.stack([self._seeded(points, size, generator) for size in sizes])
         return self.assigned(self.observe(x), hard)
 
-    def _seeded(self, points: Tensor, generator: torch.Generator) -> Tensor:
+    def _seeded(self, points: Tensor, num_clusters: int, generator: torch.Generator) -> Tensor:
         """One hard k-means++ assignment ``(K, n)``."""
         import warnings
 
@@ -341,7 +351,7 @@ class Mixture(Model, Program, Scored, Generative, Encoder, Conditional, Symmetri
         from sklearn.exceptions import ConvergenceWarning
 
         seed = int(torch.randint(2**31 - 1, (), generator=generator, device=generator.device))
-        clusters = min(self.num_components, len(points))
+        clusters = min(num_clusters, len(points))
         with warnings.catch_warnings():
             # Fewer distinct rows than clusters is a legitimate start here: the rest stay empty.
             warnings.simplefilter("ignore", ConvergenceWarning)
@@ -375,17 +385,17 @@ def GaussianMixture(  # noqa: N802  (the convenient spelling of a class)
         x_i \sim \sum_k w_k \mathrm{N}(\mu_k, \Sigma_k)
 
     References:
-        Fraley & Raftery (2007). Bayesian regularization for normal mixture estimation and model-based
-        clustering.
+        Fraley & Raftery (2007). Bayesian regularization for normal mixture estimation and
+        model-based clustering.
 
     Args:
         num_components: Number of components, or their upper bound under a sparse weights prior.
         covariance: ``"full"``, ``"tied"``, ``"diagonal"`` or ``"spherical"``.
         priors: ``"weights"``: :class:`~bayesgen.priors.SymmetricDirichlet` (the default, sparse),
-            :class:`~bayesgen.priors.GammaDirichlet`, :class:`~bayesgen.priors.StickBreaking` or any
-            distribution on the simplex. ``"components"``: a
-            :class:`~bayesgen.distributions.NormalInverseWishart` (its diagonal analogue for diagonal and
-            spherical), or one with a hyperprior. Or site by site.
+            :class:`~bayesgen.priors.GammaDirichlet`, :class:`~bayesgen.priors.StickBreaking` or
+            any distribution on the simplex. ``"components"``: a
+            :class:`~bayesgen.distributions.NormalInverseWishart` (its diagonal analogue for
+            diagonal and spherical), or one with a hyperprior. Or site by site.
 
     Raises:
         ValueError: An unknown covariance, or what :class:`Mixture` refuses.

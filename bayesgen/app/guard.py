@@ -124,7 +124,7 @@ def interrupts() -> Iterator[Interrupts]:
         heard.number = number
         raise KeyboardInterrupt
 
-    before: dict[int, Any] = {}
+    before: dict[signal.Signals, Any] = {}
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             before[number] = signal.signal(number, handler)
@@ -133,5 +133,5 @@ def interrupts() -> Iterator[Interrupts]:
     try:
         yield heard
     finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+        for which, old in before.items():
+            signal.signal(which, old)

@@ -1,11 +1,11 @@
 """The contract of a component family: what one component of a mixture looks like.
 
-A family is an exponential family (or a scale mixture of one) with a conjugate prior. Its log density is
-a product of features of the data with natural parameters, and its statistics are the transpose of that
-product; so one pass of any engine is two matrix products.
+A family is an exponential family (or a scale mixture of one) with a conjugate prior. Its log
+density is a product of features of the data with natural parameters, and its statistics are the
+transpose of that product; so one pass of any engine is two matrix products.
 
-Shapes: ``(...)`` are leading batch dimensions (chains, starts, draws), ``K`` components, ``n`` rows.
-Components come before rows, because rows are contiguous in memory then.
+Shapes: ``(...)`` are leading batch dimensions (chains, starts, draws), ``K`` components, ``n``
+    rows. Components come before rows, because rows are contiguous in memory then.
 """
 
 from __future__ import annotations
@@ -147,7 +147,8 @@ class Family(ABC):
     def embed(self, x: Tensor) -> Tensor:
         """A complete real representation ``(n, e)`` on one scale, for k-means++ starts and splits."""
 
-    # ------------------------------------------------------------ densities and draws, data's units
+    # ------------------------------------------------------------ densities and draws, data's
+    # units
     @abstractmethod
     def log_prob(self, x: Tensor, values: Tensors) -> Tensor:
         """Log density of rows under each component: ``(..., K, n)``."""

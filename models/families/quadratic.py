@@ -1,9 +1,9 @@
 """Quadratic features of rows with holes: densities as one matrix product, statistics as its transpose.
 
 A Gaussian log density is linear in ``(1, x_i, x_i x_j)``. Rows are grouped by which columns are
-observed; within a group the missing columns are integrated out of the natural parameters, so a row with
-holes costs no solve of its own. The same algebra serves fixed parameters (EM, Gibbs) and expected ones
-(variational Bayes), whose exponential is an unnormalised Gaussian too.
+observed; within a group the missing columns are integrated out of the natural parameters, so a row
+with holes costs no solve of its own. The same algebra serves fixed parameters (EM, Gibbs) and
+expected ones (variational Bayes), whose exponential is an unnormalised Gaussian too.
 """
 
 from __future__ import annotations
@@ -193,7 +193,8 @@ def marginal_natural(
         d: Number of columns.
 
     Returns:
-        The natural parameters of the observed columns, and the log determinant that goes with them.
+        The natural parameters of the observed columns, and the log determinant that goes with
+        them.
     """
     if len(group.missing) == 0:
         return natural, log_det
@@ -222,9 +223,10 @@ def moments(
 
     Args:
         batch: The rows.
-        weights: ``(..., K, n)`` weights of the moments (responsibility times local precision scale).
-        counts: ``(..., K, n)`` responsibilities: the conditional covariance of a row is divided by its
-            local scale, so it enters with the responsibility alone.
+        weights: ``(..., K, n)`` weights of the moments (responsibility times local precision
+            scale).
+        counts: ``(..., K, n)`` responsibilities: the conditional covariance of a row is divided by
+            its local scale, so it enters with the responsibility alone.
         natural: ``(..., K, F)`` message that fills the holes; None fills with zero, the centre.
         generator: Draw the holes instead of averaging over them.
     """

@@ -18,7 +18,8 @@ _BATCH_SIZE = 65_536
 def conditional_scales(data: Dataset, centre: Tensor, scale: Tensor) -> Tensor:
     r"""Standard deviation of each column given all others, ``(d,)``, under one Gaussian.
 
-    With the correlation matrix :math:`R` of the data, shrunk by one pseudo-row without correlation,
+    With the correlation matrix :math:`R` of the data, shrunk by one pseudo-row without
+    correlation,
 
     .. math:: s_j = \text{scale}_j \, \big((R^{-1})_{jj}\big)^{-1/2}
 

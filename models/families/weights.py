@@ -130,8 +130,9 @@ class DirichletBlock(WeightsBlock):
 class GammaDirichletBlock(WeightsBlock):
     """Symmetric Dirichlet whose concentration has a Gamma prior.
 
-    Variational Bayes keeps the concentration's posterior on a grid of its logarithm, so each update is
-    exact coordinate ascent and the ELBO never falls; Gibbs draws it from the continuous conditional.
+    Variational Bayes keeps the concentration's posterior on a grid of its logarithm, so each
+    update is exact coordinate ascent and the ELBO never falls; Gibbs draws it from the continuous
+    conditional.
 
     Args:
         num_components: Number of components.
