@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Source"]
 
-# Numbers of one chunk: a few megabytes, so that features stay in cache between the two products.
-_CHUNK = 2**19
+# Bytes of one chunk: on a processor its features stay in cache between the two products, on an
+# accelerator it is large enough to fill it.
+_CHUNK = {"cpu": 3 * 2**20}
+_LARGE_CHUNK = 2**28
 # Numbers of all features together up to which they are computed once and kept.
 _KEEP = 2**22
 
@@ -47,11 +49,13 @@ class Source:
         self.model, self.data, self.dtype, self.device = model, data, dtype, torch.device(device)
         self.num_rows = data.num_rows
         if batch_size is None:
-            batch_size = max(256, min(_CHUNK // (model.row_size + num_batch), self.num_rows))
+            size = _CHUNK.get(self.device.type, _LARGE_CHUNK) // dtype.itemsize
+            batch_size = max(256, min(size // (model.row_size + num_batch), self.num_rows))
         self.batch_size = batch_size
         self._keep = data.in_memory and self.num_rows * model.row_size <= _KEEP
+        # On the processor chunks are converted one by one: float32 data are never held twice.
         self._rows: Tensor | None = None
-        if data.in_memory:
+        if data.in_memory and self.device.type != "cpu":
             self._rows = data.tensor(torch.float64, self.device)
         self._kept: list[Any] | None = None
 
@@ -86,13 +90,13 @@ class Source:
         The same rows whether they are in memory or streamed.
         """
         if self.num_rows <= limit:
-            return self._rows if self._rows is not None else torch.cat(list(self._chunks()))
+            return torch.cat(list(self._chunks()))
         index = torch.randint(
             self.num_rows, (limit,), generator=generator, device=generator.device
         )
         index = index.unique().to(self.device)
-        if self._rows is not None:
-            return self._rows[index]
+        if self.data.in_memory:
+            return self.data.subset(index).tensor(torch.float64, self.device)
         parts, start = [], 0
         for batch in self._chunks():
             here = index[(index >= start) & (index < start + len(batch))]
