@@ -139,7 +139,7 @@ def test_leading_dimensions_are_a_loop(case, generator):
     for i in range(2):
         for j in range(3):
             for name, value in everything(case.family, observed, weights[i, j]).items():
-                # The golden section finds a flat top to the root of the precision.
+                # A flat top is found to the root of the precision.
                 tolerance = 1e-5 if name.endswith("df") else 1e-8
                 close(whole[name][i, j], value, tolerance)
 
