@@ -106,7 +106,7 @@ def test_every_requirement_is_pinned():
         assert all(requirement.specifier.contains(v) for v in versions), requirement
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/quickstart.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
 def test_the_code_on_the_first_pages_runs(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
