@@ -29,6 +29,10 @@ KINDS = tuple(PROPOSALS)
 
 # Passes that candidates climb before those without hope are dropped, on small data, and at most.
 _PATIENCE = 8
+# A detour: Gibbs chains, sweeps between two climbs, and climbs at most.
+_CHAINS = 40
+_SWEEPS = 20
+_DETOURS = 5
 _CLIMB = 40
 _SETTLE = 200
 # Rounds of shakes, each drawn anew, before they are given up.
@@ -50,6 +54,8 @@ def attempt(
     cheap = is_cheap(source, state)
     if only_small and not cheap:
         return state, False
+    if kind == "detour":
+        return _detour(rule, source, state, gain, generator)
     components = source.model.occupancy(state.statistics).shape[-1]
     size = max(2, min(40 if cheap else 12, _BUDGET // (source.num_rows * components)))
     for _ in range(_ROUNDS if kind == "shake" else 1):
@@ -91,6 +97,37 @@ def _climb(
     if float(batch.objective[best]) <= target:
         return None
     return _settle(rule, source, _take(batch, best.unsqueeze(0)), gain)
+
+
+def _detour(
+    rule: Rule, source: Source, state: Ascent, gain: float, generator: torch.Generator
+) -> tuple[Ascent, bool]:
+    """Gibbs chains from states with a component more or less; now and then all of them climb."""
+    proposals = PROPOSALS["detour"][0](source, state, generator)
+    if not proposals:
+        return state, False
+    chain = torch.arange(_CHAINS, device=state.objective.device) % len(proposals)
+    statistics, values = pick(stack(proposals), chain), None
+    blocks = source.model.blocks
+    for _ in range(_DETOURS):
+        for _ in range(_SWEEPS):
+            values = {
+                name: dict(
+                    block.draw(
+                        statistics[name],
+                        None if values is None else values[name],
+                        generator=generator,
+                    )
+                )
+                for name, block in blocks.items()
+            }
+            messages = {name: block.natural(values[name]) for name, block in blocks.items()}
+            local = source.sweep(messages, generator=generator)
+            statistics = {b: dict(s) for b, s in local.statistics.items()}
+        winner = _climb(rule, source, state, statistics, gain, _PATIENCE)
+        if winner is not None:
+            return winner, True
+    return state, False
 
 
 def _settle(rule: Rule, source: Source, state: Ascent, gain: float) -> Ascent:
