@@ -126,7 +126,7 @@ def _add_data(
 
     size = fit.num_chains * fit.num_draws * len(rows)
     if log_likelihood and isinstance(fit.model, Scored) and fits("log_likelihood", size):
-        groups["log_likelihood"] = _numpy({"x": fit.log_likelihood(rows)})
+        groups["log_likelihood"] = _numpy({"x": fit.log_likelihood(fit.data)})
     size = fit.num_chains * num_replicates * rows.numel()
     if num_replicates and fits("posterior_predictive", size):
         groups["posterior_predictive"] = _numpy(

@@ -134,7 +134,7 @@ class Calibration:
             usable = ~(self.rows.isnan() & ~missing).any(-1)
             if not bool(usable.any()):
                 p_values[members], sizes[members] = 1.0, 0
-                scores[members] = fit.log_prob(x[members]).to(scores)
+                scores[members] = _score(fit, x[members]).to(scores)
                 continue
             below, equal, mean = self._count(fit, x[members], missing, usable)
             total = int(usable.sum())
@@ -154,10 +154,10 @@ class Calibration:
         parts, means = [], []
         for fold, scorer in enumerate(scorers):
             mine = self.rows[usable & (self.folds == fold)]
-            score = scorer.log_prob(x)
+            score = _score(scorer, x)
             means.append(score)
             if len(mine):
-                usual = scorer.log_prob(torch.where(missing, torch.nan, mine))
+                usual = _score(scorer, torch.where(missing, torch.nan, mine))
                 parts.append(torch.stack(count_below(usual, score)))
         below, equal = torch.stack(parts).sum(0)
         return below, equal, torch.stack(means).mean(0)
@@ -360,6 +360,11 @@ def _unseen(rows: Tensor, method: Method) -> Calibration:
     return Calibration(rows, folds, (), method)
 
 
+def _score(fit: Fit, rows: Tensor) -> Tensor:
+    """Log density of rows that are checked and coded already."""
+    return fit.log_prob(Dataset.from_codes(rows, fit.schema))
+
+
 def _tensor(data: Dataset) -> Tensor:
     return data.tensor() if data.in_memory else torch.cat(list(data.batches(65_536)))
 
@@ -450,10 +455,10 @@ def explain(
 
 
 def _surprise(fit: Fit, rows: Tensor) -> Tensor:
-    whole = fit.log_prob(rows)
+    whole = _score(fit, rows)
     columns = []
     for j in range(rows.shape[1]):
         without = rows.clone()
         without[:, j] = torch.nan
-        columns.append(fit.log_prob(without) - whole)
+        columns.append(_score(fit, without) - whole)
     return torch.stack(columns, -1).masked_fill(rows.isnan(), torch.nan)

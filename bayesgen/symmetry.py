@@ -294,7 +294,9 @@ def match(reference: Fit, fit: Fit, x: object = None) -> Tensor:
     Returns:
         ``(K_reference,)`` integers, ``-1`` where ``fit`` has no component left.
     """
-    rows = reference.anchors if x is None else x
+    from bayesgen.data import Dataset
+
+    rows = Dataset.from_codes(reference.anchors, reference.schema) if x is None else x
     left, right = reference.encode(rows).cpu(), fit.encode(rows).cpu()
     cost = -(left.sqrt().mT @ right.sqrt()).numpy()  # Bhattacharyya affinity of the columns
     row, column = linear_sum_assignment(cost)

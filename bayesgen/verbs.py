@@ -7,6 +7,7 @@ than about ``2**24`` numbers are alive at once, whatever the sizes.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -52,15 +53,23 @@ def _count(flat: Tensors) -> int:
 
 
 def _pair_size(flat: Tensors) -> int:
-    """Numbers that one row under one draw may cost: the largest site, at least 16."""
-    return max(16, *(value[0].numel() for value in flat.values()))
+    """Numbers that one row under one draw may cost: the largest table of parameters, at least 16.
+
+    Matrices of a component count once a draw, not once a row.
+    """
+    return max(16, *(math.prod(value.shape[1:3]) for value in flat.values()))
 
 
 def _chunks(num_rows: int, flat: Tensors) -> Iterator[tuple[slice, list[slice]]]:
-    """Blocks of rows, each with its blocks of draws."""
+    """Blocks of rows, each with its blocks of draws.
+
+    Few rows and many draws: what a model does once for each missing pattern pays for many then.
+    """
+    num_draws = _count(flat)
+    once = max(1, _BUDGET // (4 * sum(value[0].numel() for value in flat.values())))
     pairs = max(1, _BUDGET // _pair_size(flat))
-    rows = max(1, min(num_rows, pairs, 8192))
-    draws, num_draws = max(1, pairs // rows), _count(flat)
+    rows = max(1, min(num_rows, pairs, 1024))
+    draws = max(1, min(once, pairs // rows))
     for row in range(0, num_rows, rows):
         yield (
             slice(row, row + rows),

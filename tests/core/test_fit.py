@@ -387,3 +387,39 @@ def test_to_device(fit, device):
     torch.testing.assert_close(moved.encode(x).cpu(), fit.encode(x))
     assert moved.sample(3).device.type == device.type
     assert moved.impute(holes(x)).device.type == device.type
+
+
+# ---------------------------------------------------------------- with a real model and engine
+def test_categories_with_numeric_levels_go_through_every_verb(tmp_path):
+    from bayesgen.inference import VB
+    from bayesgen.models import Mixture
+    from bayesgen.models.families.categorical import Categorical
+
+    grade = pd.Categorical([1, 5, 7, 5] * 10)  # levels look like numbers: codes must not mix in
+    table = pd.DataFrame({"grade": grade, "side": ["u", "v"] * 20})
+    fit = VB(num_starts=1).run(Mixture(Categorical(), 2), table, seed=0)
+    hole = table.copy()
+    hole.loc[0, "grade"] = None
+    assert fit.impute_mean(hole)[0].tolist() == [2.0, 0.0]  # rows with side u have grade 1 or 7
+    assert set(fit.impute(hole, num_samples=50)[:, 0, 0].tolist()) <= {0.0, 1.0, 2.0}
+    assert fit.anchors.shape == (40, 2)
+    assert "log_likelihood" in fit.arviz.groups()
+    assert len(fit.outliers(table, calibration="model").p_values) == 40
+    fit.save(tmp_path / "run")
+    assert torch.equal(load(tmp_path / "run").log_prob(table), fit.log_prob(table))
+
+
+def test_a_loaded_fit_still_refits(tmp_path):
+    from bayesgen.inference import VB
+    from bayesgen.models import GaussianMixture
+
+    x = rows(200)
+    fit = VB(num_starts=1, dtype=torch.float32).run(GaussianMixture(3), x, seed=0)
+    fit.save(tmp_path / "run")
+    again = load(tmp_path / "run")
+    part = fit.data.subset(slice(0, 100))
+    left, right = fit.refit(part, 1), again.refit(part, 1)
+    assert torch.equal(left.log_prob(x), right.log_prob(x))
+    found = again.outliers([[0.2, 0.1], [60.0, -40.0]], fdr=0.1)
+    assert found.is_outlier.tolist() == [False, True]
+    assert "exact" in str(found)
