@@ -14,8 +14,9 @@ from bayesgen.models import GaussianMixture, Mixture
 from bayesgen.models.families.bernoulli import Bernoulli
 from bayesgen.models.families.categorical import Categorical
 from bayesgen.models.families.poisson import Poisson
+from bayesgen.models.families.product import Product
 from bayesgen.models.families.student_t import StudentT
-from bayesgen.priors import GammaDirichlet, StickBreaking
+from bayesgen.priors import GammaDirichlet, HierarchicalNormalInverseWishart, StickBreaking
 from bayesgen.testing import ModelCase, model_checks
 
 __all__: list[str] = []
@@ -30,6 +31,23 @@ def real(num_columns, *, seed=0, num_rows=30):
 def discrete(num_columns, top, *, seed=0, num_rows=40):
     generator = rng.make_generator(seed)
     return torch.randint(0, top, (num_rows, num_columns), generator=generator).double()
+
+
+def mixed(kinds):
+    """One column of each of the kinds, as in a table."""
+    columns = [real(1)[:, 0] if kind == "real" else discrete(1, 3)[:30, 0] for kind in kinds]
+    names = [f"{kind}{i}" for i, kind in enumerate(kinds)]
+    named = {
+        n: c.clamp_max(1.0) if "binary" in n else c for n, c in zip(names, columns, strict=True)
+    }
+    table = {n: c.numpy() for n, c in named.items()}
+    return as_dataset(table, kinds=dict(zip(names, kinds, strict=True)))
+
+
+def hierarchical():
+    return HierarchicalNormalInverseWishart(
+        torch.ones(2, dtype=torch.float64), 0.1, 5.0, 2.0, torch.ones(2, dtype=torch.float64)
+    )
 
 
 def levels(num_columns, top):
@@ -51,6 +69,20 @@ CASES = {
     "learned-concentration": (
         lambda: GaussianMixture(3, priors={"weights": GammaDirichlet(1.0, 10.0)}),
         lambda: real(1),
+    ),
+    "hierarchical": (
+        lambda: GaussianMixture(2, priors={"components": hierarchical()}),
+        lambda: real(2),
+    ),
+    "hierarchical-diagonal": (
+        lambda: GaussianMixture(2, "diagonal", priors={"components": hierarchical()}),
+        lambda: real(2),
+    ),
+    "real-and-count": (lambda: Mixture(Product(), 2), lambda: mixed(("real", "count"))),
+    "real-and-category": (lambda: Mixture(Product(), 2), lambda: mixed(("category", "real"))),
+    "all-kinds": (
+        lambda: Mixture(Product(), 2),
+        lambda: mixed(("real", "category", "count", "real", "binary")),
     ),
     "student-t": (lambda: Mixture(StudentT(), 2), lambda: real(2)),
     "student-t-1": (lambda: Mixture(StudentT(), 2), lambda: real(1)),
