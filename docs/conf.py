@@ -1,15 +1,28 @@
 """Sphinx: MyST pages whose code cells run at build time; every warning is an error."""
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import bayesgen
 
-ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Code cells run in the interpreter that builds the page, whatever kernels the machine has besides.
+os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm in a kernel without widgets
 os.environ["JUPYTER_PATH"] = str(Path(sys.prefix) / "share" / "jupyter")
+# A profile of its own, so that the reader's does not leak into the pages: pictures are drawn inline.
+PROFILE = Path(tempfile.mkdtemp(prefix="bayesgen-docs-"))
+atexit.register(shutil.rmtree, PROFILE, ignore_errors=True)
+(PROFILE / "profile_default").mkdir()
+(PROFILE / "profile_default" / "ipython_kernel_config.py").write_text(
+    "c.InteractiveShellApp.matplotlib = 'inline'\n"
+    "c.InlineBackend.figure_formats = {'svg'}\n"
+    "c.HistoryManager.enabled = False\n"
+)
+os.environ["IPYTHONDIR"] = str(PROFILE)
 
 project = "bayesgen"
 author = "The bayesgen maintainers"
@@ -18,7 +31,6 @@ version = release = bayesgen.__version__
 
 extensions = [
     "myst_nb",
-    "sphinx.ext.apidoc",
     "sphinx.ext.autodoc",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
@@ -29,6 +41,7 @@ exclude_patterns = ["_build", "gallery"]
 html_theme = "furo"
 html_title = "bayesgen"
 html_static_path = ["_static"]
+html_css_files = ["pages.css"]
 
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
@@ -38,16 +51,7 @@ nb_execution_show_tb = True
 nb_execution_timeout = 300
 nb_merge_streams = True
 
-apidoc_modules = [
-    {
-        "path": str(ROOT / "bayesgen"),
-        "destination": "api",
-        "follow_links": True,  # bayesgen/models and bayesgen/inference are links
-        "separate_modules": True,
-        "module_first": True,
-        "automodule_options": {"members", "show-inheritance"},
-    }
-]
+add_module_names = False  # every page says where to import from
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings give types, shapes and units in words
 napoleon_google_docstring = True
