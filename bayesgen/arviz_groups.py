@@ -92,7 +92,8 @@ def convert(
 def summarise(data: Any) -> Any:
     """ArviZ's table of every variable of ``posterior``, as a frame of plain numbers."""
     arviz = import_arviz()
-    log = logging.getLogger("arviz")
+    # ArviZ 0.2x has a logger outside the registry.
+    log = vars(arviz).get("_log", logging.getLogger("arviz"))
     log.addFilter(_tells_news)
     try:
         with warnings.catch_warnings(), np.errstate(all="ignore"):
