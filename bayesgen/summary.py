@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Summary"]
 
 _MIN_DRAWS = 4
-_MAX_ENTRIES = 5_000  # rows of the table: ArviZ takes 2 ms for each
+_MAX_ENTRIES = 1_000  # rows of the table: ArviZ takes 2 ms and more for each
 _SHOWN = 24
 _R_HAT = 1.01
 _ESS = 100.0  # for each chain; of short chains a quarter of the draws
@@ -52,8 +52,8 @@ class Summary:
     def table(self) -> pd.DataFrame:
         """ArviZ's summary of every entry: mean, sd, interval, ``ess_bulk``, ``r_hat``, ...
 
-        Label-invariant quantities come first. Sites that would make it longer than 5,000 rows are
-        left out; see :attr:`left_out`.
+        Label-invariant quantities come first. Sites that would make it longer than 1,000 rows are
+        left out, see :attr:`left_out`; ``arviz.summary(fit.arviz)`` has them.
         """
         return self._summarise(self._chosen)
 
@@ -167,7 +167,10 @@ class Summary:
         keep = [c for c in table.columns if not c.startswith("mcse")]
         text = table[keep].to_string(float_format=lambda v: f"{v:.4g}")
         more = len(self.table) - len(table)
-        return text + (f"\n... and {more} more rows in .table" if more else "")
+        text += f"\n... and {more} more rows in .table" if more else ""
+        if self.left_out:
+            text += f"\nleft out for their size: {', '.join(self.left_out)}; see fit.arviz"
+        return text
 
     # ------------------------------------------------------------ private
     def _summarise(self, values: Mapping[str, Tensor]) -> pd.DataFrame:

@@ -224,7 +224,7 @@ def test_large_sites_are_left_out(fit, monkeypatch):
     summary = fit.summary()
     assert summary.left_out == ("loc",)
     assert len(summary.table) == 5
-    assert str(summary)
+    assert "left out for their size: loc" in str(summary)
 
 
 # ---------------------------------------------------------------- agreement
