@@ -66,7 +66,9 @@ class SymmetricDirichlet:
 class GammaDirichlet:
     r"""Symmetric Dirichlet whose common concentration is learned.
 
-    .. math:: e \sim \mathrm{Gamma}(\text{shape}, \text{rate}), \quad w \mid e \sim \mathrm{Dirichlet}(e, \dots, e)
+    .. math::
+        e \sim \mathrm{Gamma}(\text{shape}, \text{rate}), \quad
+        w \mid e \sim \mathrm{Dirichlet}(e, \dots, e)
 
     References:
         Frühwirth-Schnatter & Malsiner-Walli (2019). From here to infinity: sparse finite versus
@@ -89,7 +91,9 @@ class GammaDirichlet:
 class StickBreaking:
     r"""Dirichlet process weights, truncated at the number of components.
 
-    .. math:: v_k \sim \mathrm{Beta}(1, \alpha), \quad w_k = v_k \prod_{j<k} (1 - v_j), \quad v_K = 1
+    .. math::
+        v_k \sim \mathrm{Beta}(1, \alpha), \quad
+        w_k = v_k \prod_{j<k} (1 - v_j), \quad v_K = 1
 
     Either a fixed ``concentration`` or a Gamma hyperprior on it by ``shape`` and ``rate``.
 
@@ -157,7 +161,8 @@ class HierarchicalNormalInverseWishart:
             or not bool((self.rate > 0).all())
         ):
             raise ValueError(
-                f"{name}: loc has shape {tuple(self.loc.shape)} and rate {tuple(self.rate.shape)}; both "
+                f"{name}: loc has shape {tuple(self.loc.shape)} and rate "
+                f"{tuple(self.rate.shape)}; both "
                 "must be (d,), and every rate positive."
             )
         if not self.df > self.loc.shape[0] - 1:
@@ -205,7 +210,8 @@ def check_prior(
             return
         names = ", ".join(c.__name__ for c in allowed)
         raise TypeError(
-            f"prior of site '{site}': got {type(prior).__name__}, but a prior is a Pyro distribution, a "
+            f"prior of site '{site}': got {type(prior).__name__}, but a prior is a Pyro "
+            "distribution, a "
             f"callable that returns one{', or one of ' + names if names else ''}."
         )
     if event_shape is not None:
@@ -215,12 +221,14 @@ def check_prior(
         )
         if trailing != event_shape:
             raise ValueError(
-                f"prior of site '{site}': {type(prior).__name__} has shape {shape}, but the site needs a "
+                f"prior of site '{site}': {type(prior).__name__} has shape {shape}, but the site "
+                "needs a "
                 f"shape ending in {event_shape}. Use .expand({list(event_shape)}) or rebuild it."
             )
     if support is not None and not _same_support(prior.support, support):
         raise ValueError(
-            f"prior of site '{site}': {type(prior).__name__} has support {prior.support}, but the site "
+            f"prior of site '{site}': {type(prior).__name__} has support {prior.support}, but the "
+            "site "
             f"needs {support}."
         )
 
@@ -230,8 +238,12 @@ def _same_support(given: Any, wanted: Any) -> bool:
         given = given.base_constraint
     while isinstance(wanted, constraints.independent):
         wanted = wanted.base_constraint
-    if wanted is constraints.positive and isinstance(given, type(constraints.greater_than(0.0))):
-        return float(torch.as_tensor(given.lower_bound).min()) >= 0.0
+    if wanted in (constraints.positive, constraints.unit_interval):
+        # Narrower is fine, and so is the end point that Gamma includes and LogNormal does not.
+        low, high = getattr(given, "lower_bound", None), getattr(given, "upper_bound", torch.inf)
+        top = 1.0 if wanted is constraints.unit_interval else torch.inf
+        inside = low is not None and float(torch.as_tensor(low).min()) >= 0.0
+        return inside and float(torch.as_tensor(high).max()) <= top and not given.is_discrete
     return type(given) is type(wanted)
 
 
@@ -273,13 +285,14 @@ def _short(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Unsaved:
-    """Stands for a prior that a file cannot hold: a callable, or a distribution of unknown make."""
+    """Stands for a prior that a file cannot hold, such as a callable."""
 
     description: str
 
     def __call__(self) -> Distribution:
         raise TypeError(
-            f"the prior '{self.description}' was a Python object that is not saved with a fit. Scores, draws "
+            f"the prior '{self.description}' was a Python object that is not saved with a fit. "
+            "Scores, draws "
             "and summaries need none; to fit again, build the model with its priors anew."
         )
 
@@ -309,7 +322,7 @@ def prior_to_config(prior: object) -> dict[str, Any]:
 
 
 def prior_from_config(config: Mapping[str, Any]) -> Any:
-    """The inverse of :func:`prior_to_config`; only names of priors and Pyro distributions are looked up."""
+    """The inverse of :func:`prior_to_config`; looks up names of known priors only."""
     if "prior" in config:
         known = {c.__name__: c for c in _DESCRIPTIONS}
         if config["prior"] not in known:

@@ -1,4 +1,4 @@
-r"""The conjugate blocks of mixture weights: Dirichlet, Dirichlet with learned concentration, sticks.
+r"""The conjugate blocks of mixture weights: Dirichlet, fixed or learned, and sticks.
 
 EM takes modes in the softmax (log-ratio) basis, where a sparse prior has an interior mode:
 :math:`w_k \propto N_k + e_k`.
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from bayesgen.capabilities import Tensors
 
 __all__ = ["DirichletBlock", "GammaDirichletBlock", "StickBreakingBlock", "WeightsBlock"]
+
+_TINY = 1e-300
 
 
 class WeightsBlock(Block):
@@ -69,7 +71,9 @@ def _log_multinomial_evidence(count: Tensor, concentration: Tensor) -> Tensor:
 
 
 def _softmax_mode(counts: Tensor) -> Tensor:
-    return torch.log(counts) - torch.log(counts.sum(-1, keepdim=True))
+    # Without a prior an empty component has weight 0; its finite logarithm keeps products finite.
+    positive = counts.clamp_min(_TINY)
+    return torch.log(positive) - torch.log(positive.sum(-1, keepdim=True))
 
 
 @dataclass(frozen=True)
@@ -239,7 +243,7 @@ class GammaDirichletBlock(WeightsBlock):
         return prior + _log_multinomial_evidence(count, e.unsqueeze(-1).expand(count.shape))
 
     def _metropolis(self, log_e: Tensor, count: Tensor, generator: torch.Generator) -> Tensor:
-        """Random-walk steps on the log concentration, the weights integrated out; big and small."""
+        """Random-walk steps on the log concentration, the weights integrated out."""
         current = self._log_collapsed(log_e, count)
         for step in (2.0, 1.0, 0.5, 0.25) * 2:
             noise = torch.randn(
@@ -288,7 +292,8 @@ class StickBreakingBlock(WeightsBlock):
             return previous["concentration"].unsqueeze(-1)
         if previous is not None:
             return (previous["hyper_shape"] / previous["hyper_rate"]).unsqueeze(-1)
-        assert self.shape is not None and self.rate is not None
+        assert self.shape is not None
+        assert self.rate is not None
         return torch.as_tensor(self.shape / self.rate, dtype=count.dtype, device=count.device)
 
     @staticmethod
@@ -307,7 +312,8 @@ class StickBreakingBlock(WeightsBlock):
         at, after = self._tails(count)
         posterior = {"stick_a": 1.0 + at, "stick_b": self._alpha(previous, count) + after}
         if self.concentration is None:
-            assert self.shape is not None and self.rate is not None
+            assert self.shape is not None
+            assert self.rate is not None
             rest = self._expected(posterior)[1]
             total = rest.sum(-1)
             posterior["hyper_shape"] = torch.full_like(total, self.shape + self.num_components - 1)
@@ -337,7 +343,8 @@ class StickBreakingBlock(WeightsBlock):
             alpha = torch.as_tensor(self.concentration, dtype=a.dtype, device=a.device)
             prior = torch.log(alpha) + (alpha - 1.0) * log_rest
             return (entropy - prior).sum(-1)
-        assert self.shape is not None and self.rate is not None
+        assert self.shape is not None
+        assert self.rate is not None
         s, r = posterior["hyper_shape"], posterior["hyper_rate"]
         expected_log = (torch.digamma(s) - torch.log(r)).unsqueeze(-1)
         prior = expected_log + ((s / r).unsqueeze(-1) - 1.0) * log_rest
@@ -373,10 +380,12 @@ class StickBreakingBlock(WeightsBlock):
         count = statistics["count"].double()
         at, after = self._tails(count)
         a, b = (at, after) if flat else (1.0 + at, self._alpha(previous, count) + after)
-        total = torch.log((a + b).clamp_min(1e-300))
+        a, b = a.clamp_min(_TINY), b.clamp_min(_TINY)
+        total = torch.log(a + b)
         values = self._values(torch.log(a) - total, torch.log(b) - total)
         if self.concentration is None:
-            assert self.shape is not None and self.rate is not None
+            assert self.shape is not None
+            assert self.rate is not None
             rate = self.rate - values["log_rest"].sum(-1)
             values["concentration"] = (self.shape + self.num_components - 1) / rate
         return values
@@ -387,7 +396,8 @@ class StickBreakingBlock(WeightsBlock):
         sticks = (torch.log(alpha) + alpha * log_rest + log_stick).sum(-1)
         if self.concentration is not None:
             return sticks
-        assert self.shape is not None and self.rate is not None
+        assert self.shape is not None
+        assert self.rate is not None
         e = values["concentration"]
         gamma = torch.distributions.Gamma(
             torch.full_like(e, self.shape), torch.full_like(e, self.rate)
@@ -399,7 +409,8 @@ class StickBreakingBlock(WeightsBlock):
     ) -> dict[str, Tensor]:
         count = statistics["count"].double()
         if previous is None and self.concentration is None:
-            assert self.shape is not None and self.rate is not None
+            assert self.shape is not None
+            assert self.rate is not None
             shape = torch.full(
                 count.shape[:-1], self.shape, dtype=count.dtype, device=count.device
             )
@@ -408,7 +419,8 @@ class StickBreakingBlock(WeightsBlock):
         b = (self._alpha(previous, count) + after).expand(at.shape)
         values = self._values(*rng.log_beta_sample(1.0 + at, b, generator))
         if self.concentration is None:
-            assert self.shape is not None and self.rate is not None
+            assert self.shape is not None
+            assert self.rate is not None
             rate = self.rate - values["log_rest"].sum(-1)
             shape = torch.full_like(rate, self.shape + self.num_components - 1)
             values["concentration"] = rng.gamma(shape, generator) / rate
