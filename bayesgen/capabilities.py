@@ -46,7 +46,7 @@ class Model(ABC):
 
     @abstractmethod
     def bind(self, data: Dataset) -> Self:
-        """Return a copy that knows the columns of ``data`` and whose default priors are scaled to it.
+        """A copy that knows the columns of ``data``, with default priors scaled to them.
 
         Binding a bound model again starts from the unbound description. A prior that does not fit
         the data's width raises ``ValueError``.
@@ -72,7 +72,7 @@ class Model(ABC):
 
     @abstractmethod
     def to_config(self) -> dict[str, Any]:
-        """The bound model as nested dicts of JSON values and tensors, read by :meth:`from_config`."""
+        """The bound model as nested dicts of JSON values and tensors."""
 
     @classmethod
     @abstractmethod
@@ -85,7 +85,7 @@ class Program(ABC):
 
     @abstractmethod
     def model(self, batch: Tensor | None, *, num_rows: int | None = None) -> None:
-        """The Pyro program; ``batch`` is ``(b, d)``, ``num_rows`` the size of the whole data set."""
+        """The Pyro program of a batch ``(b, d)`` out of ``num_rows`` rows."""
 
 
 class Scored(ABC):
@@ -157,7 +157,7 @@ class Conjugate(ABC):
     @property
     @abstractmethod
     def row_size(self) -> int:
-        """Numbers that one row costs in :meth:`local`, per leading batch: engines size chunks by it."""
+        """Numbers that one row costs in :meth:`local`: engines size chunks by it."""
 
     @abstractmethod
     def observe(self, x: Tensor, dtype: torch.dtype = torch.float64) -> Any:
@@ -196,7 +196,7 @@ class Conjugate(ABC):
 
     @abstractmethod
     def embed(self, x: Tensor) -> Tensor:
-        """Rows as complete points ``(b, e)`` on one scale: distances there guide starts and splits."""
+        """Rows as points ``(b, e)`` on one scale: distances there guide starts and splits."""
 
     @abstractmethod
     def start(
@@ -219,7 +219,7 @@ class Conjugate(ABC):
 
     @abstractmethod
     def occupancy(self, statistics: Mapping[str, Tensors]) -> Tensor:
-        """``(..., K)`` rows that each interchangeable component holds: what moves split and merge."""
+        """``(..., K)`` rows that each component holds: what moves split and merge."""
 
     @abstractmethod
     def component_scores(self, observed: Any, message: Tensors) -> Tensor:
@@ -227,22 +227,22 @@ class Conjugate(ABC):
 
     @abstractmethod
     def degenerate(self, values: Mapping[str, Tensors]) -> Tensor:
-        """``(...)`` whether a component has collapsed onto a point, which unbounded likelihoods invite."""
+        """``(...)`` whether a component has collapsed onto a point."""
 
     @abstractmethod
     def collapsible(self, observed: Any) -> bool:
-        """Whether labels alone determine the statistics of a batch: no missing entry, no local scale."""
+        """Whether labels alone determine the statistics: no missing entry, no local scale."""
 
     @abstractmethod
     def log_predictive(self, x: Tensor, posterior: Mapping[str, Tensors]) -> Tensor | None:
-        """Exact posterior predictive ``(n,)`` under the blocks' posterior; None without closed form."""
+        """Exact posterior predictive ``(n,)``; None where there is no closed form."""
 
 
 C = TypeVar("C")
 
 
 def require(model: object, capability: type[C], who: str) -> C:
-    """Return ``model`` seen as ``capability``, or raise a ``TypeError`` that names what is missing."""
+    """Return ``model`` seen as ``capability``, or raise a ``TypeError`` naming it."""
     if isinstance(model, capability):
         return model
     has = [c.__name__ for c in _ALL if isinstance(model, c)]

@@ -30,7 +30,7 @@ class Local(NamedTuple):
     """Additive sufficient statistics, by block and name, each ``(..., *shape)``."""
     bound: Tensor
     """``(...)`` sum over the batch of the log normaliser of the local latents, in nats: the exact
-    log likelihood when the message is a point, the local part of the ELBO when it is an expectation."""
+    log likelihood when the message is a point, the local part of the ELBO when an expectation."""
     latents: Tensors
     """Local latents, ``responsibilities (..., K, b)`` or ``labels (..., b)`` among them."""
 
@@ -46,14 +46,14 @@ class Block(ABC):
     # ------------------------------------------------------------ variational Bayes
     @abstractmethod
     def update(self, statistics: Tensors, previous: Tensors | None = None) -> Tensors:
-        """Variational posterior, as a dict of its parameters; ``previous`` holds the hyperparameters'.
+        """Variational posterior by its parameters; ``previous`` holds the hyperparameters'.
 
         Without statistics' mass this is the prior. One call is one pass of coordinate ascent.
         """
 
     @abstractmethod
     def message(self, posterior: Tensors) -> Tensors:
-        """Expected natural parameters under the variational posterior: what the local step reads."""
+        """Expected natural parameters under the posterior: what the local step reads."""
 
     @abstractmethod
     def kl(self, posterior: Tensors) -> Tensor:
@@ -70,7 +70,7 @@ class Block(ABC):
     def maximise(
         self, statistics: Tensors, previous: Tensors | None = None, *, flat: bool = False
     ) -> Tensors:
-        """The sites' values at the mode of the posterior; with ``flat`` the maximum of the likelihood."""
+        """The sites at the posterior's mode; with ``flat`` at the likelihood's maximum."""
 
     @abstractmethod
     def log_prior(self, values: Tensors) -> Tensor:

@@ -109,9 +109,7 @@ def begin(
 ) -> Ascent:
     """Parameters of ``num_starts`` k-means++ starts, found on at most ``limit`` rows."""
     rows = source.rows(limit, generator)
-    start = source.model.start(
-        rows, num_batch=num_starts, generator=generator, varied=varied
-    )
+    start = source.model.start(rows, num_batch=num_starts, generator=generator, varied=varied)
     share = source.num_rows / len(rows)
     return evaluate(
         rule, source, rule.solve(source.model, _map(lambda s: s * share, start), None), 0
@@ -139,16 +137,18 @@ def ascend(rule: Rule, source: Source, state: Ascent, schedule: str = "full") ->
     return evaluate(rule, source, parameters, state.num_passes)
 
 
+def _sum(memory: list[Nested], block: str, name: str) -> Tensor:
+    return torch.stack([statistics[block][name] for statistics in memory]).sum(0)
+
+
 def _memoised(rule: Rule, source: Source, state: Ascent) -> Ascent:
-    """Every batch replaces its own old statistics at once, so the objective rises batch by batch."""
-    model, parameters, total = source.model, state.parameters, state.statistics
+    """Every batch replaces its own old statistics, so the objective rises batch by batch."""
+    model, parameters = source.model, state.parameters
+    # The first pass fills the memory under fixed parameters; totals then are sums of its parts.
     fresh = state.memory is None
+    total: Nested | None = None if fresh else state.statistics
     memory: list[Nested] = []
     entropies: list[Tensor] = []
-    if fresh:
-        # The first pass fills the memory under fixed parameters; totals then are sums of its
-        # parts.
-        total = None
     for index, observed in enumerate(source):
         messages = rule.messages(model, parameters)
         local = model.local(observed, messages)
@@ -158,14 +158,18 @@ def _memoised(rule: Rule, source: Source, state: Ascent) -> Ascent:
         if fresh:
             total = add_statistics(total, new)
             continue
-        assert state.memory is not None and total is not None
-        old = _map(lambda v, i=index: v[i], state.memory)
-        total = {b: {k: v + new[b][k] - old[b][k] for k, v in s.items()} for b, s in total.items()}
+        assert state.memory is not None
+        assert total is not None
+        old = state.memory
+        total = {
+            b: {k: v + new[b][k] - old[b][k][index] for k, v in s.items()}
+            for b, s in total.items()
+        }
         parameters = rule.solve(model, total, parameters)
     assert total is not None
     if not fresh:
         # Differences of sums drift by rounding: each pass starts from the plain sum again.
-        total = {b: {k: sum(m[b][k] for m in memory) for k in s} for b, s in total.items()}  # type: ignore[misc]
+        total = {b: {k: _sum(memory, b, k) for k in s} for b, s in total.items()}
     parameters = rule.solve(model, total, parameters)
     stacked = {
         b: {k: torch.stack([m[b][k] for m in memory]) for k in s} for b, s in memory[0].items()

@@ -64,7 +64,9 @@ class _Mode(Rule):
 class EM(Engine[Ascent]):
     r"""Expectation-maximisation: the mode of the posterior, or the maximum of the likelihood.
 
-    .. math:: \theta^{(t+1)} = \arg\max_\theta E_{z \mid x, \theta^{(t)}}[\log p(x, z \mid \theta)] + \log p(\theta)
+    .. math::
+        \theta^{(t+1)} = \arg\max_\theta
+        E_{z \mid x, \theta^{(t)}}[\log p(x, z \mid \theta)] + \log p(\theta)
 
     Each step is one pass over the data: two matrix products for a mixture. The objective, recorded
     in ``fit.history["objective"]``, never falls under the schedules ``"full"`` and ``"memoised"``.

@@ -156,7 +156,7 @@ class Gibbs(Engine[GibbsState]):
         )
 
     def _settled(self, task: Task, rows: Tensor) -> Nested:
-        """Statistics of one variational optimum a chain, for data that split-merge moves cannot handle.
+        """Statistics of one variational optimum a chain, where moves cannot be used.
 
         Such chains could not leave a poor start by themselves. Each search has its own k-means++
         start, so chains that end in different optima still show as an R-hat above 1.
@@ -268,8 +268,10 @@ class Gibbs(Engine[GibbsState]):
         messages = []
         if self.num_moves and work.observed is None:
             messages.append(
-                "split-merge moves were not used, since they need rows in memory, without missing entries "
-                "or local scales; each chain started from a variational optimum of its own instead."
+                "split-merge moves were not used, since they need rows in memory, without missing "
+                "entries "
+                "or local scales; each chain started from a variational optimum of its own "
+                "instead."
             )
         return {
             "draws": task.model.export(draws),

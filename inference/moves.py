@@ -49,7 +49,8 @@ def num_occupied(source: Source, statistics: Nested) -> Tensor:
 def attempt(
     kind: str, rule: Rule, source: Source, state: Ascent, gain: float, generator: torch.Generator
 ) -> tuple[Ascent, bool]:
-    """Try one kind of move on a single-start state; ``gain`` is the least rise in nats to accept."""
+    """Try one kind of move on a single-start state; ``gain`` is the least rise in nats to accept.
+    """
     propose, only_small = PROPOSALS[kind]
     cheap = is_cheap(source, state)
     if only_small and not cheap:

@@ -1,4 +1,4 @@
-"""The one loop that every engine shares: progress, history, early stop, checkpoints, Ctrl-C, resume."""
+"""The one loop of every engine: progress, history, early stop, checkpoints, Ctrl-C, resume."""
 
 from __future__ import annotations
 
@@ -263,7 +263,8 @@ class _Loop:
         for name, value in info.values.items():
             if math.isnan(value):
                 raise ValueError(
-                    f"{type(self.engine).__name__}: '{name}' became NaN at step {self.step}. Are there huge "
+                    f"{type(self.engine).__name__}: '{name}' became NaN at step {self.step}. Are "
+                    "there huge "
                     "values in the data, or a prior that excludes them? Rescale the columns."
                 )
             self.history.setdefault(name, []).append(float(value))
@@ -299,8 +300,10 @@ class _Loop:
         nested = unflatten(tensors, config)
         if nested.get("identity") != self.identity:
             raise ValueError(
-                f"the checkpoint in {self.folder} belongs to another run: it says {nested.get('identity')}, "
-                f"this run is {self.identity}. Use another folder, or the same engine, seed and data."
+                f"the checkpoint in {self.folder} belongs to another run: it says "
+                f"{nested.get('identity')}, "
+                f"this run is {self.identity}. Use another folder, or the same engine, seed and "
+                "data."
             )
         rng.set_state(self.task.generator, nested["generator"])
         self.step, self.seconds = nested["step"], nested["seconds"]

@@ -91,8 +91,11 @@ def split_merge(
     log_odds = _launch(model, observed, points, pooled, first, second, values)
     if exact:
         # A sharp launch finds good splits; a blunt one can reverse merges of odd-shaped pieces.
-        choice = torch.randint(len(_SHARPNESS), (chains,), generator=generator, device=labels.device)
-        sharpness = torch.tensor(_SHARPNESS, dtype=log_odds.dtype, device=labels.device)[choice]
+        sharpness = torch.tensor(_SHARPNESS, dtype=log_odds.dtype, device=labels.device)
+        choice = torch.randint(
+            len(sharpness), (chains,), generator=generator, device=labels.device
+        )
+        sharpness = sharpness[choice]
         log_odds = sharpness.unsqueeze(-1) * log_odds
     uniform = torch.rand(
         log_odds.shape, generator=generator, dtype=log_odds.dtype, device=labels.device
@@ -130,7 +133,9 @@ def _choose(accepted: Tensor, new: Tensor, old: Tensor) -> Tensor:
     return torch.where(accepted.reshape(-1, *[1] * (old.ndim - 1)), new, old)
 
 
-def _log_evidence(model: Conjugate, statistics: Nested, values: Mapping[str, Tensors]) -> Tensor:
+def _log_evidence(
+    model: Conjugate, statistics: Mapping[str, Tensors], values: Mapping[str, Tensors]
+) -> Tensor:
     total: Tensor | float = 0.0
     for name, block in model.blocks.items():
         part = block.log_evidence(statistics[name], values[name])

@@ -1,4 +1,4 @@
-"""Variational Bayes by coordinate ascent on conjugate blocks, with moves that find the global shape."""
+"""Variational Bayes on conjugate blocks, with moves that look beyond the nearest optimum."""
 
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ class VBState(NamedTuple):
     memory: Nested | None
     entropies: Tensor | None
     phase: str
-    """``"starts"`` (all starts climb), ``"moves"``, ``"polish"`` (the winner climbs to the end)."""
+    """``"starts"`` (all starts climb), ``"moves"``, ``"polish"`` (the winner climbs to the end).
+    """
     kind: int
     """Which kind of move comes next."""
     failures: int
@@ -203,8 +204,10 @@ class VB(Engine[VBState]):
         fall = float((old - new - slack).max())
         if fall > 0:
             raise ArithmeticError(
-                f"the ELBO fell by {float((old - new).max()):.3g} nats, beyond rounding. Report this as a bug "
-                "with the data's shape and the model; dtype=torch.float64 or rescaled columns may help."
+                f"the ELBO fell by {float((old - new).max()):.3g} nats, beyond rounding. Report "
+                "this as a bug "
+                "with the data's shape and the model; dtype=torch.float64 or rescaled columns may "
+                "help."
             )
 
     def finish(self, task: Task, work: Source, state: VBState) -> dict[str, Any]:

@@ -45,7 +45,7 @@ _LOG2_E = math.log2(math.e)
 class _Rows(dist.TorchDistribution):
     """Rows of the data under a mixture, labels summed out: batch ``(..., n)``, event ``(d,)``."""
 
-    arg_constraints: dict[str, Any] = {}  # noqa: RUF012  (the base class declares it so)
+    arg_constraints: dict[str, Any] = {}
 
     def __init__(
         self, family: Family, weights: Tensor, values: Tensors, num_rows: int, num_columns: int
@@ -70,7 +70,8 @@ class _Rows(dist.TorchDistribution):
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         if len(self.weights.shape) > 1 or sample_shape:
             raise ValueError(
-                "rows are sampled for one draw of the parameters at a time; batch them with vmap-free "
+                "rows are sampled for one draw of the parameters at a time; batch them with "
+                "vmap-free "
                 "Predictive(parallel=False), or use fit.sample."
             )
         n = self.batch_shape[-1]
@@ -375,7 +376,7 @@ class Mixture(Model, Program, Scored, Generative, Encoder, Conditional, Symmetri
 _COVARIANCES = ("full", "tied", "diagonal", "spherical")
 
 
-def GaussianMixture(  # noqa: N802  (the convenient spelling of a class)
+def GaussianMixture(
     num_components: int, covariance: str = "full", priors: Mapping[str, Any] | None = None
 ) -> Mixture:
     r"""A Bayesian mixture of Gaussians, in one and many dimensions.

@@ -68,7 +68,7 @@ class Family(ABC):
     @property
     @abstractmethod
     def dims(self) -> Mapping[str, tuple[str, ...]]:
-        """Event dimensions of each site; the first is ``"component"`` unless all components share it."""
+        """Event dimensions of each site, ``"component"`` first unless all share it."""
 
     @property
     @abstractmethod
@@ -99,7 +99,7 @@ class Family(ABC):
 
     @abstractmethod
     def invariants(self, weights: Tensor, values: Tensors) -> dict[str, Tensor]:
-        """Quantities of the mixture that do not depend on labels, such as its mean ``(..., d)``."""
+        """Quantities that do not depend on labels, such as the mixture's mean ``(..., d)``."""
 
     @property
     def invariant_dims(self) -> dict[str, tuple[str, ...]]:
@@ -145,7 +145,7 @@ class Family(ABC):
 
     @abstractmethod
     def embed(self, x: Tensor) -> Tensor:
-        """A complete real representation ``(n, e)`` on one scale, for k-means++ starts and splits."""
+        """Rows as complete points ``(n, e)`` on one scale, for k-means++ starts and splits."""
 
     # ------------------------------------------------------------ densities and draws, data's
     # units
@@ -159,7 +159,7 @@ class Family(ABC):
 
     @abstractmethod
     def conditional(self, x: Tensor, observed: Tensor, values: Tensors) -> Distribution:
-        """Missing columns given observed ones, each component: batch ``(..., n, K)``, event ``(m,)``."""
+        """Missing columns given observed ones: batch ``(..., n, K)``, event ``(m,)``."""
 
     @abstractmethod
     def draw(self, values: Tensors, labels: Tensor, *, generator: torch.Generator) -> Tensor:
@@ -167,7 +167,7 @@ class Family(ABC):
 
     @abstractmethod
     def program(self, plate: Any, prefix: str = "") -> dict[str, Tensor]:
-        """Pyro statements that sample the sites of all components; returns them in the data's units.
+        """Pyro statements that sample the sites of all components, in the data's units.
 
         Args:
             plate: The plate of the components, ``dim=-1``.

@@ -31,6 +31,7 @@ from bayesgen.models.families.normal_inverse_gamma import (
     NormalInverseGammaBlock,
     diagonal_natural,
 )
+from bayesgen.models.families.spread import within_share
 from bayesgen.priors import HierarchicalNormalInverseWishart
 
 if TYPE_CHECKING:
@@ -38,10 +39,6 @@ if TYPE_CHECKING:
     from bayesgen.data import Dataset
 
 __all__ = ["DiagonalGaussian"]
-
-
-# Spread expected within a component, as a share of that of the whole data; as for Gaussian.
-_WITHIN = 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +53,8 @@ class DiagonalGaussian(Factorised):
     The default prior is weakly informative and scaled to the data, in one dimension the same as
     that of :class:`~bayesgen.models.families.gaussian.Gaussian`: the mean's prior sits at the
     data's mean and is worth a hundredth of an observation, the variance's has ``a = 3/2`` and
-    expects a component to spread half as far as the data as a whole.
+    expects a component to spread half as far as the data as a whole, and no further than ``K``
+    components side by side would (``K^(-1/d)`` as far).
 
     Priors: ``"components"`` is a :class:`~bayesgen.distributions.NormalInverseGamma` of batch
     ``(d,)`` or ``()``, or a :class:`~bayesgen.priors.HierarchicalNormalInverseWishart`, of which
@@ -164,8 +162,9 @@ class DiagonalGaussian(Factorised):
     def _default(self) -> NormalInverseGamma:
         centre = self._centre
         assert self.scale is not None
-        # E[1 / variance] = 1.5 / rate: the variance expected is that of half the spread.
-        return NormalInverseGamma(centre, 0.01, 1.5, 1.5 * (_WITHIN * self.scale).square())
+        within = within_share(self.num_components, self._d)
+        # E[1 / variance] = 1.5 / rate: the variance expected is (within scale)^2.
+        return NormalInverseGamma(centre, 0.01, 1.5, 1.5 * (within * self.scale).square())
 
     @property
     def block(self) -> NormalInverseGammaBlock:

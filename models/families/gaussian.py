@@ -28,7 +28,7 @@ from bayesgen.models.families.quadratic import (
     moments,
     num_features,
 )
-from bayesgen.models.families.spread import conditional_scales
+from bayesgen.models.families.spread import conditional_scales, within_share
 from bayesgen.priors import HierarchicalNormalInverseWishart, check_prior
 
 if TYPE_CHECKING:
@@ -38,13 +38,11 @@ if TYPE_CHECKING:
 __all__ = ["Gaussian", "column_scales", "full_log_prob", "quadratic_scores"]
 
 _MEAN_PRECISION = 0.01
-# Spread expected within a component, as a share of that of the whole data.
-_WITHIN = 0.5
 _LOG_2PI = math.log(2.0 * math.pi)
 
 
 def column_scales(data: Dataset) -> tuple[Tensor, Tensor]:
-    """Centre and scale of each column, ``(d,)`` each, positive scales even for constant columns."""
+    """Centre and scale of each column, ``(d,)`` each; constant columns get a scale as well."""
     summary = data.summary()
     # A column without any entry: its components follow the prior, on whatever scale.
     empty = summary.count == 0
@@ -88,8 +86,8 @@ class Gaussian(Family):
     mean's prior sits at the data's mean and is worth a hundredth of an observation; the
     covariance's has ``d + 2`` degrees of freedom and a diagonal scale matrix, such that each
     column given the others is expected to spread half as far within a component as in the data as
-    a whole. It does not depend on the number of components, which may thus be a generous upper
-    bound.
+    a whole, and no further than ``K`` components side by side would: ``K^(-1/d)`` as far, which
+    counts in one and two dimensions.
 
     References:
         Fraley & Raftery (2007). Bayesian regularization for normal mixture estimation and
@@ -113,7 +111,8 @@ class Gaussian(Family):
         d = len(offset)
         if "components" in priors and ("loc" in priors or "scale_tril" in priors):
             raise ValueError(
-                "priors has both 'components' and 'loc' or 'scale_tril': give the joint prior or its parts."
+                "priors has both 'components' and 'loc' or 'scale_tril': give the joint prior or "
+                "its parts."
             )
         if ("loc" in priors) != ("scale_tril" in priors):
             raise ValueError(
@@ -131,12 +130,15 @@ class Gaussian(Family):
                 prior, NormalInverseWishart
             ):
                 raise ValueError(
-                    f"prior of site 'components': {type(prior).__name__} given, but full and tied covariances "
-                    "take bayesgen.distributions.NormalInverseWishart. Or give 'loc' and 'scale_tril' apart."
+                    f"prior of site 'components': {type(prior).__name__} given, but full and tied "
+                    "covariances "
+                    "take bayesgen.distributions.NormalInverseWishart. Or give 'loc' and "
+                    "'scale_tril' apart."
                 )
             if isinstance(prior, HierarchicalNormalInverseWishart) and len(prior.loc) != d:
                 raise ValueError(
-                    f"prior of site 'components': loc has {len(prior.loc)} entries, but the data have {d} columns."
+                    f"prior of site 'components': loc has {len(prior.loc)} entries, but the data "
+                    f"have {d} columns."
                 )
         for site, shape in (("loc", (d,)), ("scale_tril", (d, d))):
             if site in priors:
@@ -178,12 +180,13 @@ class Gaussian(Family):
     def _default(self) -> NormalInverseWishart:
         df = self._d + 2.0
         assert self.spread is not None
-        # E[precision]_jj = df / scale_jj: the conditional variance expected is (spread / 2)^2.
+        within = within_share(self.num_components, self._d)
+        # E[precision]_jj = df / scale_jj: the conditional variance expected is (within spread)^2.
         return NormalInverseWishart(
             self._centre,
             torch.tensor(_MEAN_PRECISION, dtype=torch.float64),
             torch.tensor(df, dtype=torch.float64),
-            torch.diag(_WITHIN * df**0.5 * self.spread),
+            torch.diag(within * df**0.5 * self.spread),
         )
 
     @property
@@ -199,8 +202,10 @@ class Gaussian(Family):
             loc, kappa, df = prior.loc.reshape(-1), float(prior.mean_precision), float(prior.df)
         else:
             raise TypeError(
-                f"the prior {self.priors} of the components is not conjugate, so EM, VB and Gibbs cannot use "
-                "it. Give priors={'components': NormalInverseWishart(...)}, or fit with NUTS or SVI."
+                f"the prior {self.priors} of the components is not conjugate, so EM, VB and Gibbs "
+                "cannot use "
+                "it. Give priors={'components': NormalInverseWishart(...)}, or fit with NUTS or "
+                "SVI."
             )
         return NormalInverseWishartBlock(
             num_components=self.num_components,

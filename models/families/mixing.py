@@ -27,7 +27,8 @@ __all__ = ["Mixing"]
 
 _GRID_POINTS = 256
 _SPARSE = 0.01
-"""Malsiner-Walli, Frühwirth-Schnatter & Grün (2016): small enough to empty superfluous components."""
+"""Malsiner-Walli, Frühwirth-Schnatter & Grün (2016): small enough to empty superfluous components.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,8 +76,10 @@ class Mixing:
         if isinstance(prior, GammaDirichlet):
             return self._gamma_block(prior, device)
         raise TypeError(
-            f"the prior {prior} of the weights is not conjugate, so EM, VB and Gibbs cannot use it. Give a "
-            "Dirichlet, SymmetricDirichlet, GammaDirichlet or StickBreaking, or fit with NUTS or SVI."
+            f"the prior {prior} of the weights is not conjugate, so EM, VB and Gibbs cannot use "
+            "it. Give a "
+            "Dirichlet, SymmetricDirichlet, GammaDirichlet or StickBreaking, or fit with NUTS or "
+            "SVI."
         )
 
     def _gamma_block(self, prior: GammaDirichlet, device: torch.device) -> GammaDirichletBlock:

@@ -1,6 +1,8 @@
 r"""The conjugate block of Gaussian components with full or tied covariance.
 
-.. math:: \Sigma_k \sim \mathrm{IW}(\nu_0, \Psi_0), \quad \mu_k \mid \Sigma_k \sim \mathrm{N}(m_0, \Sigma_k/\kappa_0)
+.. math::
+    \Sigma_k \sim \mathrm{IW}(\nu_0, \Psi_0), \quad
+    \mu_k \mid \Sigma_k \sim \mathrm{N}(m_0, \Sigma_k/\kappa_0)
 
 A tied covariance is the same algebra with one covariance for all components: the tensors of the
 covariance then have a component dimension of size one, and everything broadcasts. With a Gamma
@@ -34,7 +36,7 @@ __all__ = ["NormalInverseWishartBlock", "gaussian_message", "point_message"]
 def gaussian_message(
     loc: Tensor, precision: Tensor, log_det: Tensor, spread: Tensor | float = 0.0
 ) -> dict[str, Tensor]:
-    """What :mod:`quadratic` reads: packed ``natural`` without its normaliser, and ``log_det`` of it.
+    """What :mod:`quadratic` reads: ``natural`` without its normaliser, and ``log_det``.
 
     ``spread`` is the trace of precision times the variance of ``loc``, zero at fixed values.
     """
@@ -106,7 +108,8 @@ class NormalInverseWishartBlock(Block):
         """``E[Psi_0]`` and ``E[log |Psi_0|]`` under the hyperparameters' posterior."""
         if self.scale is not None:
             return self.scale, self._scale_log_det
-        assert self.shape is not None and self.rate is not None
+        assert self.shape is not None
+        assert self.rate is not None
         if previous is not None and "column_scale" in previous:
             s = previous["column_scale"]
             return torch.diag_embed(s), torch.log(s).sum(-1)
@@ -148,7 +151,8 @@ class NormalInverseWishartBlock(Block):
         posterior = self._conditional(statistics, expected)
         posterior["scale_tril"] = safe_cholesky(posterior.pop("scale"))
         if self.scale is None:
-            assert self.shape is not None and self.rate is not None
+            assert self.shape is not None
+            assert self.rate is not None
             precision = self._covariance(posterior).expected_precision()
             diagonal = torch.diagonal(precision, dim1=-2, dim2=-1).sum(-2)
             shape = self.shape + 0.5 * self.df * self._num_covariances
@@ -197,7 +201,8 @@ class NormalInverseWishartBlock(Block):
     def _hyper_kl(self, posterior: Tensors) -> Tensor | float:
         if self.scale is not None:
             return 0.0
-        assert self.shape is not None and self.rate is not None
+        assert self.shape is not None
+        assert self.rate is not None
         q = torch.distributions.Gamma(posterior["hyper_shape"], posterior["hyper_rate"])
         p = torch.distributions.Gamma(torch.full_like(self.rate, self.shape), self.rate)
         return torch.distributions.kl_divergence(q, p).sum(-1)
@@ -233,7 +238,8 @@ class NormalInverseWishartBlock(Block):
         return values
 
     def _hyper_conditional(self, factor: Tensor) -> tuple[Tensor, Tensor]:
-        assert self.shape is not None and self.rate is not None
+        assert self.shape is not None
+        assert self.rate is not None
         precision = torch.cholesky_inverse(factor)
         diagonal = torch.diagonal(precision, dim1=-2, dim2=-1).sum(-2)
         shape = self.shape + 0.5 * self.df * self._num_covariances
@@ -265,7 +271,8 @@ class NormalInverseWishartBlock(Block):
     def _hyper_log_prior(self, values: Tensors) -> Tensor | float:
         if self.scale is not None:
             return 0.0
-        assert self.shape is not None and self.rate is not None
+        assert self.shape is not None
+        assert self.rate is not None
         gamma = torch.distributions.Gamma(torch.full_like(self.rate, self.shape), self.rate)
         return gamma.log_prob(values["column_scale"]).sum(-1)
 
@@ -274,7 +281,8 @@ class NormalInverseWishartBlock(Block):
         self, statistics: Tensors, previous: Tensors | None, *, generator: torch.Generator
     ) -> dict[str, Tensor]:
         if self.scale is None and (previous is None or "column_scale" not in previous):
-            assert self.shape is not None and self.rate is not None
+            assert self.shape is not None
+            assert self.rate is not None
             lead = statistics["moments"].shape[:-2]
             shape = torch.full_like(self.rate, self.shape).expand(*lead, self._d)
             previous = {"column_scale": rng.gamma(shape, generator) / self.rate}

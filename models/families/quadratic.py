@@ -1,4 +1,4 @@
-"""Quadratic features of rows with holes: densities as one matrix product, statistics as its transpose.
+"""Quadratic features of rows with holes: densities and statistics as one matrix product each.
 
 A Gaussian log density is linear in ``(1, x_i, x_i x_j)``. Rows are grouped by which columns are
 observed; within a group the missing columns are integrated out of the natural parameters, so a row
@@ -56,7 +56,7 @@ def num_features(p: int) -> int:
 
 
 def features(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """``(n, p)`` to ``(F, n)``: ones, columns, products ``x_i x_j`` for ``i <= j``, row by row of i."""
+    """``(n, p)`` to ``(F, n)``: ones, columns, products ``x_i x_j`` for ``i <= j``."""
     n, p = x.shape
     out = x.new_empty((num_features(p), n), dtype=dtype or x.dtype)
     out[0] = 1.0
@@ -69,7 +69,7 @@ def features(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def group_rows(x: Tensor, dtype: torch.dtype | None = None) -> Quadratic:
-    """Group the rows of ``(n, d)`` by their pattern of ``NaN`` and compute features in ``dtype``."""
+    """Group the rows ``(n, d)`` by their pattern of ``NaN``; features come in ``dtype``."""
     n, d = x.shape
     every = torch.arange(d, device=x.device)
     # A sum is NaN if an entry is: cheaper than a mask of all of them, and usually the end of it.
@@ -91,7 +91,7 @@ def _triangle(p: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def pack_natural(constant: Tensor, linear: Tensor, precision: Tensor) -> Tensor:
-    r"""Coefficients of the features for ``constant + linear' x - x' precision x / 2``: ``(..., F)``."""
+    r"""Coefficients ``(..., F)`` for ``constant + linear' x - x' precision x / 2``."""
     p = linear.shape[-1]
     i, j = _triangle(p, linear.device)
     scale = torch.where(i == j, -0.5, -1.0).to(linear.dtype)
@@ -122,7 +122,7 @@ def unpack_natural(natural: Tensor, p: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def unpack_moments(packed: Tensor, p: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums ``(..., F)`` of features as weight ``(...)``, first ``(..., p)``, second ``(..., p, p)``."""
+    """Sums ``(..., F)`` of features as weight, first ``(..., p)``, second ``(..., p, p)``."""
     i, j = _triangle(p, packed.device)
     second = packed.new_zeros((*packed.shape[:-1], p, p))
     second[..., i, j] = packed[..., 1 + p :]
@@ -136,7 +136,7 @@ def _pack_moments(weight: Tensor, first: Tensor, second: Tensor) -> Tensor:
 
 
 def safe_cholesky(matrix: Tensor) -> Tensor:
-    """Cholesky factor with a relative jitter ladder 1e-8 ... 1e-4 for matrices singular by rounding.
+    """Cholesky factor; a relative jitter of 1e-8 ... 1e-4 where rounding made it singular.
 
     Raises:
         ValueError: The matrix is not positive definite even with a jitter of 1e-4 of its diagonal.
@@ -153,7 +153,8 @@ def safe_cholesky(matrix: Tensor) -> Tensor:
         if not bool(failed.any()):
             return retry
     raise ValueError(
-        "a covariance matrix is not positive definite, even with a jitter of 1e-4 of its diagonal. Are "
+        "a covariance matrix is not positive definite, even with a jitter of 1e-4 of its "
+        "diagonal. Are "
         "there infinite or huge values in the data? Rescale the columns to comparable units."
     )
 
@@ -280,7 +281,7 @@ def _drawn_moments(
     d: int,
     generator: torch.Generator,
 ) -> Tensor:
-    """Moments with holes drawn given one-hot ``labels``; weights = labels times the local scale."""
+    """Moments with holes drawn given one-hot ``labels``; weights carry the local scale."""
     o, m = group.observed, group.missing
     maps = conditional_maps(natural.double(), group, d)
     x = group.features[1 : 1 + len(o)].double()

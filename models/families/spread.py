@@ -10,9 +10,17 @@ from torch import Tensor
 if TYPE_CHECKING:
     from bayesgen.data import Dataset
 
-__all__ = ["conditional_scales"]
+__all__ = ["conditional_scales", "within_share"]
 
 _BATCH_SIZE = 65_536
+
+
+def within_share(num_components: int, num_columns: int) -> float:
+    """How far components are expected to spread, as a share of the spread of the whole data.
+
+    Half as far; less where so many components would not fit side by side.
+    """
+    return min(0.5, num_components ** (-1.0 / num_columns))
 
 
 def conditional_scales(data: Dataset, centre: Tensor, scale: Tensor) -> Tensor:
