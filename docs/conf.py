@@ -9,6 +9,7 @@ from pathlib import Path
 
 import bayesgen
 
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Code cells run in the interpreter that builds the page, whatever kernels the machine has besides.
 os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm in a kernel without widgets
@@ -30,14 +31,15 @@ project_copyright = "The bayesgen maintainers"
 version = release = bayesgen.__version__
 
 extensions = [
+    "mathml",
     "myst_nb",
     "sphinx.ext.autodoc",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
 ]
-exclude_patterns = ["_build", "gallery"]
+exclude_patterns = ["_build", "_ext"]
 
+html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = "bayesgen"
 html_static_path = ["_static"]
