@@ -114,9 +114,8 @@ def split_merge(
     proposal = torch.where(splitting.unsqueeze(-1), split_labels, merged_labels)
     new = model.assigned(observed, _hot(proposal, components, points.dtype))
     change = _log_evidence(model, new, values) - _log_evidence(model, statistics, values)
-    # The split chose one of the empty slots; the merge leaves one more empty than there is now.
-    slots = torch.where(splitting, num_empty, num_empty + 1).clamp_min(1).log()
-    forward = torch.where(splitting, 1.0, -1.0) * (log_path - slots) * float(exact)
+    log_choice = log_path - _log_slots(splitting, num_empty)
+    forward = torch.where(splitting, 1.0, -1.0) * log_choice * float(exact)
     u = torch.rand(chains, generator=generator, dtype=change.dtype, device=labels.device)
     accepted = (u.log() < change - forward) & (~splitting | (num_empty > 0))
     return Moved(
@@ -127,6 +126,11 @@ def split_merge(
         },
         accepted,
     )
+
+
+def _log_slots(splitting: Tensor, num_empty: Tensor) -> Tensor:
+    """Log number of slots that the split chose from; a merge empties one that its reverse has."""
+    return torch.where(splitting, num_empty, num_empty + 1).clamp_min(1).log()
 
 
 def _choose(accepted: Tensor, new: Tensor, old: Tensor) -> Tensor:

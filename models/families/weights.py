@@ -263,8 +263,10 @@ class GammaDirichletBlock(WeightsBlock):
 
     def log_evidence(self, statistics: Tensors, values: Tensors) -> Tensor:
         count = statistics["count"].double()
-        spread = values["concentration"].unsqueeze(-1).expand(count.shape)
-        return _log_multinomial_evidence(count, spread)
+        # Under a variational posterior: at the expected concentration.
+        known = "concentration" in values
+        e = values["concentration"] if known else (values["log_grid"].exp() * self.grid).sum(-1)
+        return _log_multinomial_evidence(count, e.unsqueeze(-1).expand(count.shape))
 
 
 @dataclass(frozen=True)
