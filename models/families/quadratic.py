@@ -56,15 +56,18 @@ def num_features(p: int) -> int:
 
 
 def features(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """``(n, p)`` to ``(F, n)``: ones, columns, products ``x_i x_j`` for ``i <= j``."""
+    """``(n, p)`` to ``(F, n)``: ones, columns, and their products in the order of :func:`_pairs`."""
     n, p = x.shape
+    whole, half = (p + 1) // 2, p // 2
     out = x.new_empty((num_features(p), n), dtype=dtype or x.dtype)
     out[0] = 1.0
     columns = out[1 : 1 + p].copy_(x.T)
-    offset = 1 + p
-    for i in range(p):
-        torch.mul(columns[i : i + 1], columns[i:], out=out[offset : offset + p - i])
-        offset += p - i
+    # Windows over the columns and their beginning again: all products in one or two calls.
+    windows = torch.cat([columns, columns[:half]]).unfold(0, p, 1)[:whole].transpose(1, 2)
+    rounds = 1 + p + whole * p
+    torch.mul(columns, windows, out=out[1 + p : rounds].view(whole, p, n))
+    if p % 2 == 0:  # columns half way round meet from both sides: half of the last round is new
+        torch.mul(columns[:half], columns[half:], out=out[rounds:])
     return out
 
 
@@ -85,15 +88,17 @@ def group_rows(x: Tensor, dtype: torch.dtype | None = None) -> Quadratic:
     return Quadratic(tuple(groups), n, d)
 
 
-def _triangle(p: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    index = torch.triu_indices(p, p, device=device)
-    return index[0], index[1]
+def _pairs(p: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Every pair of columns once: each with itself, each with the next, with the second next, ..."""
+    index = torch.arange(num_features(p) - 1 - p, device=device)
+    left = index % max(p, 1)
+    return left, (left + index // max(p, 1)) % max(p, 1)
 
 
 def pack_natural(constant: Tensor, linear: Tensor, precision: Tensor) -> Tensor:
     r"""Coefficients ``(..., F)`` for ``constant + linear' x - x' precision x / 2``."""
     p = linear.shape[-1]
-    i, j = _triangle(p, linear.device)
+    i, j = _pairs(p, linear.device)
     scale = torch.where(i == j, -0.5, -1.0).to(linear.dtype)
     # By hand: torch.broadcast_shapes costs as much as the rest of this function.
     packed = precision[..., i, j] * scale
@@ -112,7 +117,7 @@ def pack_natural(constant: Tensor, linear: Tensor, precision: Tensor) -> Tensor:
 
 def unpack_natural(natural: Tensor, p: int) -> tuple[Tensor, Tensor, Tensor]:
     """The inverse of :func:`pack_natural`: constant, linear, precision."""
-    i, j = _triangle(p, natural.device)
+    i, j = _pairs(p, natural.device)
     scale = torch.where(i == j, -2.0, -1.0).to(natural.dtype)
     upper = natural[..., 1 + p :] * scale
     precision = natural.new_zeros((*natural.shape[:-1], p, p))
@@ -123,7 +128,7 @@ def unpack_natural(natural: Tensor, p: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def unpack_moments(packed: Tensor, p: int) -> tuple[Tensor, Tensor, Tensor]:
     """Sums ``(..., F)`` of features as weight, first ``(..., p)``, second ``(..., p, p)``."""
-    i, j = _triangle(p, packed.device)
+    i, j = _pairs(p, packed.device)
     second = packed.new_zeros((*packed.shape[:-1], p, p))
     second[..., i, j] = packed[..., 1 + p :]
     second[..., j, i] = packed[..., 1 + p :]
@@ -131,7 +136,7 @@ def unpack_moments(packed: Tensor, p: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _pack_moments(weight: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    i, j = _triangle(first.shape[-1], first.device)
+    i, j = _pairs(first.shape[-1], first.device)
     return torch.cat([weight.unsqueeze(-1), first, second[..., i, j]], dim=-1)
 
 
@@ -236,7 +241,7 @@ def moments(
     for group in batch.groups:
         w = weights if group.rows is None else weights[..., group.rows]
         if len(group.missing) == 0:
-            part = (w @ group.features.T).double()
+            part = (w @ group.features.mT).double()
         elif generator is not None and natural is not None:
             c = counts[..., group.rows] if group.rows is not None else counts
             part = _drawn_moments(group, w, c, natural, d, generator)
