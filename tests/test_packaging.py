@@ -119,13 +119,10 @@ def test_the_code_on_the_first_pages_runs(
 
 # ------------------------------------------------------------------ build, install, import
 def sources() -> set[str]:
-    """What every artefact must hold, as paths under ``bayesgen/``."""
-    tracked = {p for d in ("bayesgen", *LINKS) for p in (ROOT / d).rglob("*.py")}
-    below = {p.relative_to(ROOT).as_posix() for p in tracked}
-    return {p if p.startswith("bayesgen/") else f"bayesgen/{p}" for p in below} | {
-        "bayesgen/py.typed",
-        *(f"bayesgen/datasets/{p.name}" for p in (ROOT / "bayesgen" / "datasets").glob("*.csv")),
-    }
+    """What every artefact must hold, as paths under ``bayesgen/``: data files as well as code."""
+    files = {p.relative_to(ROOT) for d in ("bayesgen", *LINKS) for p in (ROOT / d).rglob("*")}
+    kept = [p for p in files if (ROOT / p).is_file() and "__pycache__" not in p.parts]
+    return {p.as_posix() if p.parts[0] == "bayesgen" else f"bayesgen/{p.as_posix()}" for p in kept}
 
 
 def build(source: Path, out: Path, *kinds: str) -> None:
