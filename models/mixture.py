@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["GaussianMixture", "Mixture"]
 
 _LOG2_E = math.log2(math.e)
+_LLOYD_STEPS = 30
 
 
 class _Rows(dist.TorchDistribution):
@@ -341,10 +342,18 @@ class Mixture(Model, Program, Scored, Generative, Encoder, Conditional, Symmetri
         sizes = [k] * num_batch
         if varied and k > 2 and num_batch > 1:
             sizes = [round(k * (2 / k) ** (i / (num_batch - 1))) for i in range(num_batch)]
-        hard = torch.stack([self._seeded(points, size, generator) for size in sizes])
+        # Every other start stops after one step of k-means: converged ones are often alike.
+        hard = torch.stack(
+            [
+                self._seeded(points, size, 1 if i % 2 else _LLOYD_STEPS, generator)
+                for i, size in enumerate(sizes)
+            ]
+        )
         return self.assigned(self.observe(x), hard)
 
-    def _seeded(self, points: Tensor, num_clusters: int, generator: torch.Generator) -> Tensor:
+    def _seeded(
+        self, points: Tensor, num_clusters: int, max_iter: int, generator: torch.Generator
+    ) -> Tensor:
         """One hard k-means++ assignment ``(K, n)``."""
         import warnings
 
@@ -356,7 +365,7 @@ class Mixture(Model, Program, Scored, Generative, Encoder, Conditional, Symmetri
         with warnings.catch_warnings():
             # Fewer distinct rows than clusters is a legitimate start here: the rest stay empty.
             warnings.simplefilter("ignore", ConvergenceWarning)
-            labels = KMeans(clusters, n_init=1, max_iter=30, random_state=seed).fit_predict(
+            labels = KMeans(clusters, n_init=1, max_iter=max_iter, random_state=seed).fit_predict(
                 points.double().cpu().numpy()
             )
         index = torch.as_tensor(labels, dtype=torch.int64, device=points.device)

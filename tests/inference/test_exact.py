@@ -196,7 +196,7 @@ def test_elbo_is_below_the_evidence(x, weights, log_mass):
     reference = Reference(x, 2, log_mass)
     fit = VB(num_samples=2).run(model(2, x.shape[1], weights), x)
     gap = reference.log_evidence - fit.attrs["elbo"]
-    assert 0.0 < gap < 2.0
+    assert 0.0 < gap < 3.0
 
 
 def test_elbo_with_a_hole_is_below_the_evidence():
@@ -306,7 +306,7 @@ def test_gibbs_with_a_hole():
     x = TWO[[0, 2, 3, 4, 5]].copy()
     x[1, 0] = np.nan
     reference = Reference(x, 2, dirichlet(0.4))
-    engine = Gibbs(num_chains=8, num_samples=1500, num_warmup=60)
+    engine = Gibbs(num_chains=8, num_samples=800, num_warmup=60)
     fit = engine.run(model(2, 2, SymmetricDirichlet(0.4)), x, seed=3)
     worst = errors(reference, fit, x, np.array([1.0, 0.5]))
     assert max(worst.values()) < 5.0, worst
