@@ -9,8 +9,8 @@ Given the local scales :math:`u_i \sim \mathrm{Gamma}(\nu/2, \nu/2)` the log lik
 
 Variational Bayes keeps the posterior on a grid of the logarithm, where each update is exact
 coordinate ascent. EM climbs to the mode between the grid's points (on the grid alone it would
-stall, because its steps are shorter than the grid's). Gibbs proposes from the grid and accepts by
-Metropolis, so its draws follow the continuous prior.
+stall, because its steps are shorter than the grid's). Gibbs proposes from cells of such a grid and
+accepts by Metropolis, so its draws follow the continuous prior.
 
 References:
     Liu & Rubin (1995). ML estimation of the t distribution using EM and its extensions.
@@ -34,6 +34,7 @@ __all__ = ["DegreesOfFreedom", "log_constant"]
 _LOW, _HIGH, _POINTS = 0.1, 1000.0, 256
 # Each round of the search for a mode narrows the bracket to an eighth of itself.
 _ROUNDS, _SECTIONS = 8, 16
+_CELLS = 128
 
 
 def log_constant(df: Tensor) -> Tensor:
@@ -160,30 +161,47 @@ class DegreesOfFreedom:
     def draw(
         self, statistics: Tensors, previous: Tensors | None, *, generator: torch.Generator
     ) -> Tensor:
-        """Metropolis with independent proposals: a cell of the grid, then a point within it."""
-        posterior = self._log_grid_posterior(statistics)
-        cell = rng.categorical(posterior, generator, -1)
+        """Metropolis with independent proposals: a cell of a grid, then a point within it."""
         if self.is_fixed:
-            return self.grid[cell]
+            return self.grid.expand(statistics["count"].shape).clone()
         count, excess = self._sums(statistics)
-        log_grid = self.grid.log()
-        step = log_grid[1] - log_grid[0]
-        uniform = torch.rand(
-            (2, *cell.shape), generator=generator, dtype=count.dtype, device=count.device
-        )
-        proposal = log_grid[cell] + step * (uniform[0] - 0.5)
+
+        def height(log_df: Tensor) -> Tensor:
+            df, lift = log_df.exp(), log_df.ndim - count.ndim
+            n, s = (part.reshape(*part.shape, *[1] * lift) for part in (count, excess))
+            return n * log_constant(df) + 0.5 * df * s + self._log_density(log_df)
+
+        low, step = self._bulk(statistics)
+        cells = torch.arange(_CELLS, dtype=count.dtype, device=count.device)
+        masses = height(low.unsqueeze(-1) + step.unsqueeze(-1) * (cells + 0.5))
+        shape, where = (2, *count.shape), count.device
+        uniform = torch.rand(shape, generator=generator, dtype=count.dtype, device=where)
+        cell = rng.categorical(masses, generator, -1)
+        proposal = low + step * (cell + uniform[0])
         if previous is None or "df" not in previous:
-            return proposal.exp().clamp(self.grid[0], self.grid[-1])
+            return proposal.exp()
+        current = previous["df"].log()
 
         def log_ratio(log_df: Tensor) -> Tensor:
-            index = ((log_df - log_grid[0]) / step).round().long().clamp(0, len(log_grid) - 1)
-            df = log_df.exp()
-            target = count * log_constant(df) + 0.5 * df * excess + self._log_density(log_df)
-            return target - posterior.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+            index = ((log_df - low) / step).floor().long().clamp(0, _CELLS - 1).unsqueeze(-1)
+            return height(log_df) - masses.gather(-1, index).squeeze(-1)
 
-        current = previous["df"].log()
+        # Outside the cells the posterior has no mass to speak of: whatever is there moves in.
+        outside = (current < low) | (current > low + step * _CELLS)
         accept = uniform[1].log() < log_ratio(proposal) - log_ratio(current)
-        return torch.where(accept, proposal, current).exp()
+        return torch.where(accept | outside, proposal, current).exp()
+
+    def _bulk(self, statistics: Tensors) -> tuple[Tensor, Tensor]:
+        """Start and width ``(..., K)`` of cells that cover all but ``exp(-30)`` of the posterior.
+
+        The grid itself would be too coarse for a component of many rows.
+        """
+        log_grid, posterior = self.grid.log(), self._log_grid_posterior(statistics)
+        inside = posterior > posterior.amax(-1, keepdim=True) - 30.0
+        last = len(log_grid) - 1
+        first_in, last_in = inside.long().argmax(-1), last - inside.flip(-1).long().argmax(-1)
+        low, high = log_grid[(first_in - 1).clamp_min(0)], log_grid[(last_in + 1).clamp_max(last)]
+        return low, (high - low) / _CELLS
 
     def natural(self, df: Tensor) -> dict[str, Tensor]:
         """The message at fixed values ``(..., K)``."""

@@ -13,6 +13,7 @@ from scipy import stats
 from bayesgen import rng
 from bayesgen.distributions import InverseWishartCholesky
 from bayesgen.models.families import family_class
+from bayesgen.models.families.quadratic import unpack_natural
 from bayesgen.storage import flatten, unflatten
 
 __all__: list[str] = []
@@ -99,6 +100,16 @@ def test_the_message_scores_like_log_prob(case, generator):
     close(scores, family.log_prob(case.holes, family.export(internal)), 1e-9)
 
 
+def test_densities_have_finite_gradients(case, generator):
+    """What NUTS and SVI need, with holes and with rows far out."""
+    values = {k: v.requires_grad_() for k, v in case.values(generator).items()}
+    scores = case.family.log_prob(case.holes, values)
+    gradients = torch.autograd.grad(scores.sum(), list(values.values()), allow_unused=True)
+    for site, gradient in zip(values, gradients, strict=True):
+        unused = site.endswith("column_scale")  # of the prior alone
+        assert (gradient is None) if unused else bool(torch.isfinite(gradient).all()), site
+
+
 def test_single_precision_features(case, generator):
     internal = case.internal(generator)
     family, message = case.family, case.family.block.natural(internal)
@@ -179,6 +190,35 @@ def test_statistics_are_the_gradient_of_the_bound(case, generator):
         torch.testing.assert_close(left, right, rtol=1e-8, atol=1e-8, msg=lambda m, n=name: n + m)
     total = family.rows(statistics).sum()
     close(total, torch.tensor(float(len(case.x)), dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "name", ["full", "tied", "student", "student fixed", "diagonal", "poisson"]
+)
+def test_the_bound_is_inner_plus_entropy(cases, name):
+    """One component: the latents left are the holes and the local scales."""
+    case = cases(name, 1)
+    family, block = case.family, case.family.block
+    observed, d = family.observe(case.holes), case.x.shape[1]
+    ones = torch.ones((1, len(case.x)), dtype=torch.float64)
+    message = block.message(block.update(family.statistics(observed, ones, None, None)))
+    evaluation = family.evaluate(observed, message)
+    statistics = family.statistics(observed, ones, evaluation, message)
+    entropy = torch.zeros((), dtype=torch.float64)
+    if "natural" in message and "log_det" in message:
+        precision = unpack_natural(message["natural"][0], d)[2]
+        for i, row in enumerate(case.holes):
+            missing, mean_log = torch.isnan(row), 0.0
+            if "df" in message:
+                half = 0.5 * (message["df"][0] + (~missing).sum())
+                rate = 0.5 * (message["df"][0] + evaluation.distances[0, i])
+                entropy = entropy + torch.distributions.Gamma(half, rate).entropy()
+                mean_log = torch.digamma(half) - rate.log()
+            own = precision[missing][:, missing]
+            count = int(missing.sum())
+            constant = math.log(2 * math.pi * math.e)
+            entropy = entropy + 0.5 * (count * (constant - mean_log) - torch.logdet(own))
+    close(family.inner(message, statistics) + entropy, evaluation.scores.sum(), 1e-9)
 
 
 def test_statistics_add_up_over_batches(case, generator):

@@ -189,6 +189,29 @@ def test_posterior_of_the_degrees_of_freedom(generator):
     assert abs(float((drawn.mean() - mean) / (spread / math.sqrt(chains)))) < 4.5
 
 
+def test_draws_are_finer_than_the_grid(generator):
+    """A posterior narrower than a cell: only the Metropolis step gives it its width."""
+    u, chains = scales(5.0, 200_000, generator), 2000
+    degrees, statistics = DegreesOfFreedom.learned(PRIOR, CPU), of_scales(u)
+    excess = float(statistics["log_scale"] - statistics["moments"][:, 0])
+
+    def log_density(df):
+        return 2e5 * float(log_constant(torch.tensor(df).double())) + 0.5 * df * excess
+
+    df = float(degrees.maximise(statistics, flat=False))
+    step = 1e-3
+    curvature = log_density(df * (1 + step)) + log_density(df * (1 - step)) - 2 * log_density(df)
+    spread = math.sqrt(-(step**2) / curvature)
+    assert spread < 0.3 * float(degrees.grid[1] / degrees.grid[0] - 1.0)
+    wide = {name: value.expand(chains, *value.shape) for name, value in statistics.items()}
+    values = {"df": torch.full((chains, 1), df, dtype=torch.float64)}
+    for _ in range(60):
+        values = {"df": degrees.draw(wide, values, generator=generator)}
+    log_ratio = (values["df"] / df).log()
+    assert float(log_ratio.std()) == pytest.approx(spread, rel=0.1)
+    assert abs(float(log_ratio.mean())) < 5 * spread / math.sqrt(chains) + 1e-4
+
+
 def test_a_prior_with_bounds_is_kept_to(generator):
     degrees = DegreesOfFreedom.learned(dist.Uniform(2.0, 30.0), CPU)
     gaussian = of_scales(scales(500.0, 300, generator))
