@@ -24,6 +24,7 @@ from bayesgen.models.families.factorised import (
     per_row,
     stack_features,
 )
+from bayesgen.priors import describe
 
 if TYPE_CHECKING:
     from bayesgen.capabilities import Tensors
@@ -177,8 +178,9 @@ class Bernoulli(OneSite):
         prior = self._prior
         if not isinstance(prior, torch.distributions.Beta):
             raise TypeError(
-                f"the prior {prior} of the probabilities is not conjugate, so EM, VB and Gibbs "
-                "cannot use it. Give priors={'components': Beta(a, b)}, or fit with NUTS or SVI."
+                f"the prior {describe(prior)} of the probabilities is not conjugate, so EM, VB "
+                "and Gibbs cannot use it. Give priors={'components': Beta(a, b)}, or fit with "
+                "NUTS or SVI."
             )
         a, b = prior.concentration1, prior.concentration0
         return BetaBlock(self.num_components, a.to(self._mean), b.to(self._mean))

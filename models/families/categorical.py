@@ -26,7 +26,7 @@ from bayesgen.models.families.factorised import (
     per_row,
     sample_site,
 )
-from bayesgen.priors import SymmetricDirichlet
+from bayesgen.priors import SymmetricDirichlet, describe
 
 if TYPE_CHECKING:
     from bayesgen.capabilities import Tensors
@@ -185,8 +185,9 @@ class Categorical(Factorised):
     def block(self) -> DirichletColumnsBlock:
         concentration = self._concentration
         if concentration is None:
+            shown = ", ".join(describe(prior) for prior in self.priors.values())
             raise TypeError(
-                f"the prior {self.priors} of the probabilities is not conjugate, so EM, VB and "
+                f"the prior {shown} of the probabilities is not conjugate, so EM, VB and "
                 "Gibbs cannot use it. Give priors={'components': SymmetricDirichlet(1.0)}, or fit "
                 "with NUTS or SVI."
             )

@@ -32,7 +32,7 @@ from bayesgen.models.families.normal_inverse_gamma import (
     diagonal_natural,
 )
 from bayesgen.models.families.spread import within_share
-from bayesgen.priors import HierarchicalNormalInverseWishart
+from bayesgen.priors import HierarchicalNormalInverseWishart, describe
 
 if TYPE_CHECKING:
     from bayesgen.capabilities import Tensors
@@ -181,8 +181,9 @@ class DiagonalGaussian(Factorised):
             concentration = self._by_column(prior.concentration)[:c]
             rate = self._by_column(prior.rate)[:c]
         else:
+            shown = ", ".join(describe(prior) for prior in self.priors.values())
             raise TypeError(
-                f"the prior {self.priors} of the components is not conjugate, so EM, VB and Gibbs "
+                f"the prior {shown} of the components is not conjugate, so EM, VB and Gibbs "
                 "cannot use it. Give priors={'components': NormalInverseGamma(...)}, or fit with "
                 "NUTS or SVI."
             )

@@ -29,7 +29,7 @@ from bayesgen.models.families.quadratic import (
     num_features,
 )
 from bayesgen.models.families.spread import conditional_scales, within_share
-from bayesgen.priors import HierarchicalNormalInverseWishart, check_prior
+from bayesgen.priors import HierarchicalNormalInverseWishart, check_prior, describe
 
 if TYPE_CHECKING:
     from bayesgen.capabilities import Tensors
@@ -201,11 +201,11 @@ class Gaussian(Family):
             scale, shape, rate = tril @ tril.mT, None, None
             loc, kappa, df = prior.loc.reshape(-1), float(prior.mean_precision), float(prior.df)
         else:
+            shown = ", ".join(describe(prior) for prior in self.priors.values())
             raise TypeError(
-                f"the prior {self.priors} of the components is not conjugate, so EM, VB and Gibbs "
-                "cannot use "
-                "it. Give priors={'components': NormalInverseWishart(...)}, or fit with NUTS or "
-                "SVI."
+                f"the prior {shown} of the components is not conjugate, so EM, VB and Gibbs "
+                "cannot use it. Give priors={'components': NormalInverseWishart(...)}, or fit "
+                "with NUTS or SVI."
             )
         return NormalInverseWishartBlock(
             num_components=self.num_components,

@@ -18,7 +18,13 @@ from bayesgen.models.families.weights import (
     StickBreakingBlock,
     WeightsBlock,
 )
-from bayesgen.priors import GammaDirichlet, StickBreaking, SymmetricDirichlet, check_prior
+from bayesgen.priors import (
+    GammaDirichlet,
+    StickBreaking,
+    SymmetricDirichlet,
+    check_prior,
+    describe,
+)
 
 if TYPE_CHECKING:
     from bayesgen.capabilities import Tensors
@@ -76,10 +82,9 @@ class Mixing:
         if isinstance(prior, GammaDirichlet):
             return self._gamma_block(prior, device)
         raise TypeError(
-            f"the prior {prior} of the weights is not conjugate, so EM, VB and Gibbs cannot use "
-            "it. Give a "
-            "Dirichlet, SymmetricDirichlet, GammaDirichlet or StickBreaking, or fit with NUTS or "
-            "SVI."
+            f"the prior {describe(prior)} of the weights is not conjugate, so EM, VB and Gibbs "
+            "cannot use it. Give a Dirichlet, SymmetricDirichlet, GammaDirichlet or "
+            "StickBreaking, or fit with NUTS or SVI."
         )
 
     def _gamma_block(self, prior: GammaDirichlet, device: torch.device) -> GammaDirichletBlock:

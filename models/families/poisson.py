@@ -23,6 +23,7 @@ from bayesgen.models.families.factorised import (
     per_row,
     stack_features,
 )
+from bayesgen.priors import describe
 
 if TYPE_CHECKING:
     from bayesgen.capabilities import Tensors
@@ -172,8 +173,8 @@ class Poisson(OneSite):
         prior = self._prior
         if not isinstance(prior, torch.distributions.Gamma):
             raise TypeError(
-                f"the prior {prior} of the rates is not conjugate, so EM, VB and Gibbs cannot use "
-                "it. Give priors={'components': Gamma(shape, rate)}, or fit with NUTS or SVI."
+                f"the prior {describe(prior)} of the rates is not conjugate, so EM, VB and Gibbs "
+                "cannot use it. Give priors={'components': Gamma(shape, rate)}, or fit with NUTS or SVI."
             )
         a, b = prior.concentration.to(self._mean), prior.rate.to(self._mean)
         return GammaBlock(self.num_components, a, b)
