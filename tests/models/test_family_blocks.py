@@ -157,6 +157,13 @@ def test_hyperparameters_climb_the_bound(cases, generator):
         assert float(steps.min()) > -1e-9, name
         assert bounds[-1] > bounds[0], name
         assert float(steps[-1]) < 1e-6 * abs(bounds[-1]), name
+        for _ in range(300):
+            posterior = block.update(statistics, posterior)
+        free = {
+            key: posterior[key].clone().requires_grad_() for key in ("hyper_shape", "hyper_rate")
+        }
+        slopes = torch.autograd.grad(block.kl({**posterior, **free}), list(free.values()))
+        assert max(float(slope.abs().max()) for slope in slopes) < 1e-7, name
 
 
 def test_learned_kl_is_its_expected_log_ratio(cases, generator):

@@ -197,6 +197,22 @@ def test_the_bound_climbs(name):
     assert steps[-1] < 1e-8
 
 
+@pytest.mark.parametrize("name", PRIORS)
+def test_the_update_is_stationary(name):
+    """At convergence the bound has no slope in any parameter of the posterior."""
+    block = make(name)
+    posterior = block.update({"count": COUNT})
+    for _ in range(300):
+        posterior = block.update({"count": COUNT}, posterior)
+    free = {key: value.clone().requires_grad_() for key, value in posterior.items()}
+    own = dict(free)
+    if "log_grid" in own:
+        own["log_grid"] = torch.log_softmax(own["log_grid"], -1)
+    bound = inner(block.message(own), COUNT) - block.kl(own)
+    for key, gradient in zip(free, torch.autograd.grad(bound, list(free.values())), strict=True):
+        assert float(gradient.abs().max()) < 1e-7, key
+
+
 # ------------------------------------------------------------------ the mode
 def _height(block, name, logits, count, values):
     """Log prior and likelihood as a function of unconstrained weights."""
