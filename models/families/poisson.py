@@ -174,7 +174,8 @@ class Poisson(OneSite):
         if not isinstance(prior, torch.distributions.Gamma):
             raise TypeError(
                 f"the prior {describe(prior)} of the rates is not conjugate, so EM, VB and Gibbs "
-                "cannot use it. Give priors={'components': Gamma(shape, rate)}, or fit with NUTS or SVI."
+                "cannot use it. Give priors={'components': Gamma(shape, rate)}, or fit with NUTS "
+                "or SVI."
             )
         a, b = prior.concentration.to(self._mean), prior.rate.to(self._mean)
         return GammaBlock(self.num_components, a, b)
