@@ -10,6 +10,9 @@ from torch import Tensor
 
 __all__ = ["ColumnSummary", "summarise"]
 
+_PIECE = 2**16
+"""Numbers summarised at once."""
+
 
 @dataclass(frozen=True, eq=False)
 class ColumnSummary:
@@ -112,8 +115,10 @@ def summarise(blocks: Iterable[Tensor], columns: tuple[str, ...]) -> ColumnSumma
     """Summarise blocks of rows ``(b, d)``, NaN = missing, holding one block at a time."""
     total: ColumnSummary | None = None
     for block in blocks:
-        part = _summarise_block(block, columns)
-        total = part if total is None else total.merge(part)
+        # Pieces that fit the processor's cache: half a dozen copies of each are needed.
+        for piece in block.split(max(1, _PIECE // max(1, block.shape[1]))):
+            part = _summarise_block(piece, columns)
+            total = part if total is None else total.merge(part)
     if total is None:
         raise ValueError("there are no rows to summarise.")
     return total
