@@ -38,10 +38,15 @@ _CHEAP = 30_000_000
 
 
 def is_cheap(source: Source, state: Ascent) -> bool:
-    """Whether the data are so small that many random candidates cost less than a second."""
+    """Whether the data are so small that many random candidates cost less than a second.
+
+    Rows with holes or scales of their own cost far more than the products that are counted here.
+    """
     components = source.model.occupancy(state.statistics).shape[-1]
     cost = source.num_rows * components * _SHAKES * source.model.row_size
-    return source.num_rows <= _SAMPLE and cost <= _CHEAP
+    if source.num_rows > _SAMPLE or cost > _CHEAP:
+        return False
+    return all(source.model.collapsible(observed) for observed in source)
 
 
 def _occupied(source: Source, state: Ascent) -> tuple[Tensor, Tensor, Tensor]:
