@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Moved", "split_merge"]
 
-_LAUNCH_STEPS = 4
-_SHARPNESS = (1.0, 0.5, 0.2, 0.05)
+_LAUNCH_STEPS = 8
+_SHARPNESS = (1.0, 0.5)
 
 Nested = dict[str, dict[str, Tensor]]
 
