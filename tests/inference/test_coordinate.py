@@ -142,9 +142,7 @@ def test_memoised_em_has_the_fixed_point_of_full():
 def test_stochastic_comes_near():
     x = blobs(3000, 2, 3, 0)
     full = VB(moves=False, num_samples=2).run(GaussianMixture(3), x, seed=0)
-    engine = VB(
-        schedule="stochastic", batch_size=250, moves=False, max_steps=15, num_samples=2
-    )
+    engine = VB(schedule="stochastic", batch_size=250, moves=False, max_steps=15, num_samples=2)
     fit = engine.run(GaussianMixture(3), x, seed=0)
     assert abs(fit.attrs["elbo"] - full.attrs["elbo"]) / len(x) < 1e-3
 
