@@ -23,10 +23,10 @@ _WORDS = {
 _SECONDS_BETWEEN_LINES = 10.0
 
 
-def say(message: str, *, quiet: bool = False) -> None:
+def say(message: str, *, quiet: bool = False, end: str = "\n") -> None:
     """One line on stderr."""
     if not quiet:
-        print(message, file=sys.stderr, flush=True)
+        print(message, end=end, file=sys.stderr, flush=True)
 
 
 def live_numbers(values: Mapping[str, float]) -> str:
