@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 import platform
@@ -218,6 +220,7 @@ class _Loop:
             # Where a run ends may change between sessions; how it moves may not.
             "settings": {k: v for k, v in engine.settings().items() if k not in _MAY_CHANGE},
             "seed": seed,
+            "model": _digest(task.model) if self.folder is not None else None,
             "data": task.data.fingerprint() if self.folder is not None else None,
         }
         self.step, self.seconds, self.done = 0, 0.0, False
@@ -302,8 +305,8 @@ class _Loop:
             raise ValueError(
                 f"the checkpoint in {self.folder} belongs to another run: it says "
                 f"{nested.get('identity')}, "
-                f"this run is {self.identity}. Use another folder, or the same engine, seed and "
-                "data."
+                f"this run is {self.identity}. Use another folder, or the same engine, "
+                "model, seed and data."
             )
         rng.set_state(self.task.generator, nested["generator"])
         self.step, self.seconds = nested["step"], nested["seconds"]
@@ -313,6 +316,16 @@ class _Loop:
 
 
 _MAY_CHANGE = ("max_steps",)
+
+
+def _digest(model: Model) -> str:
+    """What tells models apart: their class and everything that a file would hold of them."""
+    tensors, config = flatten(model.to_config())
+    digest = hashlib.sha256(type(model).__name__.encode())
+    digest.update(json.dumps(config, sort_keys=True).encode())
+    for name, value in sorted(tensors.items()):
+        digest.update(name.encode() + value.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _to(value: Any, device: torch.device) -> Any:
