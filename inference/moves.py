@@ -1,12 +1,13 @@
 """Moves for variational Bayes on interchangeable components.
 
-Coordinate ascent stops at the nearest local optimum, so the number of clusters would depend on the
-start. A move proposes other statistics - two components pooled, one removed, one cut in two, all in
-order of size; on small data also rows relabelled at random - lets all candidates climb together in one
-batch, and is accepted only if the exact bound of the whole data rises.
+Coordinate ascent stops at the nearest local optimum, so the number of clusters would depend on
+the start. A move proposes other statistics - two components pooled, one removed, one cut in two,
+all in order of size; on small data also rows relabelled at random - lets all candidates climb
+together in one batch, and is accepted only if the exact bound of the whole data rises.
 
 References:
-    Hughes & Sudderth (2013). Memoized online variational inference for Dirichlet process mixture models.
+    Hughes & Sudderth (2013). Memoized online variational inference for Dirichlet process mixture
+    models.
     Ueda, Nakano, Ghahramani & Hinton (2000). SMEM algorithm for mixture models.
 """
 
@@ -37,7 +38,7 @@ _CLIMB = 40
 _SETTLE = 200
 # Rounds of shakes, each drawn anew, before they are given up.
 _ROUNDS = 3
-# Rows times components times candidates that climb together: bounds the memory and time of a round.
+# Rows times components times candidates that climb together: bounds a round's memory and time.
 _BUDGET = 4_000_000
 
 
@@ -49,8 +50,7 @@ def num_occupied(source: Source, statistics: Nested) -> Tensor:
 def attempt(
     kind: str, rule: Rule, source: Source, state: Ascent, gain: float, generator: torch.Generator
 ) -> tuple[Ascent, bool]:
-    """Try one kind of move on a single-start state; ``gain`` is the least rise in nats to accept.
-    """
+    """Try one kind of move on a single start; ``gain`` is the least rise in nats to accept."""
     propose, only_small = PROPOSALS[kind]
     cheap = is_cheap(source, state)
     if only_small and not cheap:

@@ -4,7 +4,8 @@ Each function takes a single-start state and returns candidate statistics ``(1, 
 promising first.
 
 References:
-    Hughes & Sudderth (2013). Memoized online variational inference for Dirichlet process mixture models.
+    Hughes & Sudderth (2013). Memoized online variational inference for Dirichlet process mixture
+    models.
     Ueda, Nakano, Ghahramani & Hinton (2000). SMEM algorithm for mixture models.
 """
 
@@ -77,7 +78,7 @@ def _pool(value: Tensor, pairs: Tensor) -> Tensor:
 
 
 def _evidence(source: Source, state: Ascent, candidates: Nested) -> Tensor:
-    """Log evidence of candidate statistics as if assignments were hard, ``(m,)``: for ranking only."""
+    """Log evidence of candidates as if assignments were hard, ``(m,)``: for ranking only."""
     count = len(next(iter(next(iter(candidates.values())).values())))
     total = torch.zeros(count, dtype=torch.float64, device=state.objective.device)
     for name, block in source.model.blocks.items():
