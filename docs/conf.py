@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Code cells run in the interpreter that builds the page, whatever kernels the machine has besides.
 os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm in a kernel without widgets
 os.environ["JUPYTER_PATH"] = str(Path(sys.prefix) / "share" / "jupyter")
-# A profile of its own, so that the reader's does not leak into the pages: pictures are drawn inline.
+# A profile of its own, so that the reader's does not leak in: pictures are drawn inline.
 PROFILE = Path(tempfile.mkdtemp(prefix="bayesgen-docs-"))
 atexit.register(shutil.rmtree, PROFILE, ignore_errors=True)
 (PROFILE / "profile_default").mkdir()

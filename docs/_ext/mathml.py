@@ -1,4 +1,4 @@
-"""Formulas as MathML, written at build time: pages show them without a script and without a network."""
+"""Formulas as MathML, written at build time: no script and no network to read a page."""
 
 from __future__ import annotations
 

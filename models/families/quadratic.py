@@ -56,7 +56,7 @@ def num_features(p: int) -> int:
 
 
 def features(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """``(n, p)`` to ``(F, n)``: ones, columns, and their products in the order of :func:`_pairs`."""
+    """``(n, p)`` to ``(F, n)``: ones, columns, and products in the order of :func:`_pairs`."""
     n, p = x.shape
     whole, half = (p + 1) // 2, p // 2
     out = x.new_empty((num_features(p), n), dtype=dtype or x.dtype)
@@ -89,7 +89,7 @@ def group_rows(x: Tensor, dtype: torch.dtype | None = None) -> Quadratic:
 
 
 def _pairs(p: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Every pair of columns once: each with itself, each with the next, with the second next, ..."""
+    """Every pair of columns once: each with itself, with the next, with the second next, ..."""
     index = torch.arange(num_features(p) - 1 - p, device=device)
     left = index % max(p, 1)
     return left, (left + index // max(p, 1)) % max(p, 1)
