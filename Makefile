@@ -50,7 +50,7 @@ format: setup
 	$(BIN)/ruff format .
 
 docs: setup
-	$(THREADS) $(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+	$(THREADS) $(BIN)/sphinx-build -W --keep-going -j 2 -b html docs docs/_build/html
 
 bench: setup
 	for script in benchmarks/*.py; do $(BIN)/python "$$script" || exit 1; done
