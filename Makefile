@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml constraints.txt
 setup: $(STAMP)
 
 demo: setup
-	$(BIN)/bayesgen demo --out demo-output
+	$(BIN)/bayesgen demo --out demo-output --force
 
 test: setup
 	$(PYTEST) -n 2

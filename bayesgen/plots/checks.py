@@ -186,7 +186,7 @@ def predictive_check(check: PredictiveCheck, *, max_panels: int = 24) -> Figure:
     shown = [n for n in check.observed if n in names[:max_panels]]
     across = min(4, len(shown))
     down = math.ceil(len(shown) / across)
-    figure = new_figure(2.5 * across, 1.75 * down + 0.2)
+    figure = new_figure(2.5 * across, 1.9 * down + 0.2)
     grid: NDArray[Any] = figure.subplots(down, across, squeeze=False)
     for ax in grid.flat[len(shown) :]:
         ax.set_axis_off()
@@ -200,7 +200,7 @@ def predictive_check(check: PredictiveCheck, *, max_panels: int = 24) -> Figure:
             bins, rwidth = _bins(values, check.observed[name])
             ax.hist(values, bins=bins, rwidth=rwidth, color=PALETTE[4], alpha=0.75)
         ax.axvline(check.observed[name], color=WARNING if caught else INK, lw=2)
-        title = f"{name}   p = {p[name]:.2g}"
+        title = f"{name}\np = {p[name]:.2g}"  # two lines: names may be long
         ax.set_title(title, fontsize=9, color=WARNING if caught else INK)
     return figure
 

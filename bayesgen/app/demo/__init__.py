@@ -15,7 +15,7 @@ from bayesgen.app.progress import say
 
 __all__ = ["make"]
 
-_TITLE = "bayesgen: Bayesian mixtures, from raw data to guaranteed outliers"
+_TITLE = "bayesgen demo: from raw data to guaranteed outliers"
 _LEAD = (
     "Two real data sets, each fitted by variational Bayes and by Gibbs sampling from 10 "
     "components: how many clusters there are, whether the engines agree, which rows do not "

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-from bayesgen.arviz_groups import import_arviz, is_datatree
+from bayesgen.arviz_groups import convert, import_arviz, is_datatree
 
 __all__ = ["KINDS", "draw"]
 
@@ -18,13 +19,12 @@ _FOREST = {"combined": True, "r_hat": True, "ess": True, "textsize": 11}
 _NEW_NAMES = {"trace": "plot_trace_dist", "forest": "plot_forest", "rank": "plot_rank"}
 
 
-def draw(data: Any, kind: str, names: Sequence[str], path: Path) -> None:
-    """Draw one of :data:`KINDS` of the variables ``names`` of ``data`` into a PNG file.
+def draw(values: Mapping[str, Tensor], kind: str, path: Path) -> None:
+    """Draw one of :data:`KINDS` into a PNG file.
 
     Args:
-        data: ``fit.arviz``, perhaps a selection of it.
+        values: Draws ``(chain, draw)`` by the name that is shown.
         kind: Which picture.
-        names: Variables of the posterior.
         path: The file.
     """
     import matplotlib
@@ -32,26 +32,25 @@ def draw(data: Any, kind: str, names: Sequence[str], path: Path) -> None:
     matplotlib.use("Agg", force=True)
     from matplotlib import pyplot
 
-    arviz = import_arviz()
+    posterior = {name: value.double().cpu().numpy() for name, value in values.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        data = convert({"posterior": posterior}, coords={}, dims={})
         if is_datatree():
-            plot = getattr(arviz, _NEW_NAMES[kind])(data, var_names=list(names))
-            plot.savefig(path, dpi=110)
+            getattr(import_arviz(), _NEW_NAMES[kind])(data).savefig(path, dpi=110)
         else:
-            figure = _figure(arviz, data, kind, list(names))
+            figure = _figure(data, kind, len(posterior))
             figure.savefig(path, dpi=110, bbox_inches="tight")
         pyplot.close("all")
 
 
-def _figure(arviz: Any, data: Any, kind: str, names: list[str]) -> Any:
-    entries = sum(data.posterior[name].isel(chain=0, draw=0).size for name in names)
+def _figure(data: Any, kind: str, count: int) -> Any:
     settings: dict[str, dict[str, Any]] = {
-        "trace": {"figsize": (9.5, 1.9 * len(names)), "compact": True},
-        "forest": {**_FOREST, "figsize": (9.0, 0.9 + 0.55 * entries)},
-        "rank": {"figsize": (3.4 * entries, 2.4), "kind": "bars"},
+        "trace": {"figsize": (9.5, 1.9 * count)},
+        "forest": {**_FOREST, "figsize": (9.0, 0.9 + 0.55 * count)},
+        "rank": {"figsize": (3.4 * count, 2.4), "kind": "bars"},
     }
-    axes = getattr(arviz, f"plot_{kind}")(data, var_names=names, **settings[kind])
+    axes = getattr(import_arviz(), f"plot_{kind}")(data, **settings[kind])
     figure = np.ravel(axes)[0].figure
     if kind != "forest":
         figure.tight_layout()

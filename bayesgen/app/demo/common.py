@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,8 @@ from torch import Tensor
 from bayesgen.app.demo.arviz_pictures import KINDS, draw
 from bayesgen.app.demo.page import Mark, Page
 from bayesgen.app.output import rows_frame, write_frame
+from bayesgen.arviz_groups import import_arviz
+from bayesgen.diagnostics import invariants
 
 if TYPE_CHECKING:
     from bayesgen.data import Dataset
@@ -31,6 +33,7 @@ __all__ = [
 ]
 
 FDR = 0.05
+_R_HAT = 1.05
 
 
 def save_rows(folder: Path, name: str, data: Dataset | Tensor, like: Dataset) -> None:
@@ -49,12 +52,15 @@ def clusters(vb: Fit, gibbs: Fit) -> str:
 
 
 def chains(gibbs: Fit) -> str:
-    """Whether the chains mixed, and if not, what stands against it."""
-    told = gibbs.summary()
+    """R-hat of the log density, and what the summary holds against the chains."""
+    r_hat = float(import_arviz().rhat(gibbs.sample_stats["log_likelihood"].cpu().numpy()))
+    told, words = gibbs.summary(), f"R-hat of the log density is {r_hat:.3f}"
     if told.is_converged:
-        return Mark("yes, by R-hat and effective sample size", good=True)
+        return Mark(f"yes: {words}, and no other above 1.01", good=True)
     problem = next(p for p in told.problems if p != gibbs.aligned.message)
-    return Mark(f"no: {problem}", good=False)
+    if r_hat < _R_HAT:
+        return f"nearly: {words}; {problem}"
+    return Mark(f"no: {words}; {problem}", good=False)
 
 
 def trust(vb: Fit, gibbs: Fit, x: Tensor) -> str:
@@ -94,14 +100,14 @@ def arviz_pictures(
         "rank": "ArviZ, ranks: the draws of each chain ranked among all; flat bars mean that "
         "every chain sees the same posterior.",
     }
-    names = ["num_effective", "mean", "covariance"]
-    dims = {str(dim): [column] for dim in gibbs.arviz.posterior["covariance"].dims[2:]}
-    chosen = gibbs.arviz.sel(**dims)
+    free, at = invariants(gibbs), gibbs.columns.index(column)
+    values = {
+        "effective clusters": free["num_effective"],
+        f"mean of {column}": free["mean"][..., at],
+        f"variance of {column}": free["covariance"][..., at, at],
+    }
     for kind in kinds:
-        draw(chosen, kind, names, page.folder / f"{name}_{kind}.png")
-        code = f"az.plot_{kind}(gibbs.arviz.sel({_keywords(dims)}), var_names={names})"
+        draw(values, kind, page.folder / f"{name}_{kind}.png")
+        one = f"gibbs.arviz.sel(column={column!r}, column_2={column!r})"
+        code = f'az.plot_{kind}({one}, var_names=["num_effective", "mean", "covariance"])'
         page.image(f"{name}_{kind}", captions[kind], code)
-
-
-def _keywords(values: Mapping[str, object]) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in values.items())

@@ -48,6 +48,7 @@ import matplotlib.pyplot as plt
 import torch
 from bayesgen import datasets, plots, priors
 from bayesgen.calibration import posterior_predictive_check
+from bayesgen.data import as_dataset
 from bayesgen.diagnostics import agreement
 from bayesgen.inference import VB, Gibbs
 from bayesgen.models import GaussianMixture
@@ -82,7 +83,7 @@ bayesgen outliers runs/mine data/faithful_new.csv --fdr 0.05 --folds 10 --out ou
 bayesgen sample runs/mine -n 272 --out new_eruptions.csv
 """,
     "occupied": """
-gibbs = Gibbs().run(GaussianMixture(10), seen, seed=0)
+gibbs = Gibbs(thinning=3).run(GaussianMixture(10), seen, seed=0)
 plots.occupied(gibbs, prior=law)
 """,
     "agreement": 'plots.agreement(agreement({"Gibbs": gibbs, "VB": vb}, kept))',
@@ -120,7 +121,7 @@ class Faithful:
     def fit(self) -> None:
         """Both engines from 10 components."""
         self.vb = VB().run(GaussianMixture(10), self.seen, seed=0)
-        self.gibbs = Gibbs().run(GaussianMixture(10), self.seen, seed=0)
+        self.gibbs = Gibbs(thinning=3).run(GaussianMixture(10), self.seen, seed=0)
         self.judged = self.vb.outliers(self.new, fdr=FDR, folds=10)
         save_rows(self.folder, "faithful_seen", self.seen, self.data)
         save_rows(self.folder, "faithful_new", self.new, self.data)

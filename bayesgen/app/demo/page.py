@@ -26,6 +26,7 @@ table { border-collapse: collapse; margin: 1rem 0; }
 th, td { text-align: left; padding: .32rem 1.1rem .32rem 0; border-bottom: 1px solid #e4e4e4;
          vertical-align: top; }
 th { font-weight: 600; color: #444; }
+table.verdict td:first-child { white-space: nowrap; color: #444; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
 th.number { text-align: right; }
 details { margin: .1rem 0 1.2rem; }
@@ -62,7 +63,7 @@ class Page:
     def picture(self, drawn: Any, name: str, caption: str, code: str = "") -> None:
         """Save a figure, or the figure of some axes, and show it with its caption and code."""
         figure = getattr(drawn, "figure", drawn)
-        figure.savefig(self.folder / f"{name}.png", dpi=110)
+        figure.savefig(self.folder / f"{name}.png", dpi=110, bbox_inches="tight")
         self.image(name, caption, code)
 
     def image(self, name: str, caption: str, code: str = "") -> None:
@@ -89,7 +90,7 @@ class Page:
 
     def verdict(self, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """A table that comes before everything else."""
-        self._verdict.append(_table(head, rows))
+        self._verdict.append(_table(head, rows).replace("<table>", "<table class='verdict'>"))
 
     def write(self, footer: str) -> Path:
         """Write ``index.html`` and ``reproduce.py``, and return the page's path."""

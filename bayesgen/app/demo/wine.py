@@ -25,6 +25,7 @@ from bayesgen.app.demo.common import (
 from bayesgen.app.demo.page import Page
 from bayesgen.app.demo.wine_pictures import gap_figures, gaps_drawn, labels_beside_truth
 from bayesgen.calibration import posterior_predictive_check
+from bayesgen.data import as_dataset
 from bayesgen.diagnostics import agreement
 from bayesgen.fit import load
 from bayesgen.inference import VB
@@ -40,13 +41,16 @@ __all__ = ["Wine", "invented"]
 
 _NUM_PLANTED = 20
 _SHOWN = ["alcohol", "flavanoids", "color_intensity", "proline"]
+_COLUMNS = [*_SHOWN[:3], "hue", "od280/od315_of_diluted_wines", _SHOWN[3]]
 
 _SETUP = """
 wine, cultivar = datasets.load("wine", with_target=True)
+wine = as_dataset(wine, columns=["alcohol", "flavanoids", "color_intensity", "hue",
+                                 "od280/od315_of_diluted_wines", "proline"])
 seen, kept = wine.split(140 / 178, torch.Generator().manual_seed(1))
 low, high = wine.summary().min, wine.summary().max
 generator = torch.Generator().manual_seed(2)
-planted = low + (high - low) * torch.rand(20, 13, generator=generator, dtype=torch.float64)
+planted = low + (high - low) * torch.rand(20, 6, generator=generator, dtype=torch.float64)
 new = torch.cat([kept.tensor(), planted])
 """
 
@@ -56,8 +60,8 @@ vb = VB().run(GaussianMixture(10), seen, seed=0)
 plots.labels(vb, wine)
 """,
     "agreement": """
-gibbs = Gibbs().run(GaussianMixture(10), seen, seed=0)
-plots.agreement(agreement({"Gibbs": gibbs, "VB": vb}, kept))
+gibbs = Gibbs(thinning=3).run(GaussianMixture(10), seen, seed=0)
+plots.agreement(agreement({"Gibbs": gibbs, "VB": vb}, kept), max_quantities=12)
 """,
     "check": "plots.predictive_check(posterior_predictive_check(vb), max_panels=12)",
     "pairs": f"""
@@ -65,7 +69,7 @@ judged = vb.outliers(new, fdr=0.05, folds=10)
 plots.pairs(vb, columns={_SHOWN}, x=new, outliers=judged)
 """,
     "gaps": """
-rows, columns = torch.arange(178)[:, None], torch.arange(13)
+rows, columns = torch.arange(178)[:, None], torch.arange(6)
 holes = (rows % 3 == 0) & (columns % 4 == rows // 3 % 4)
 holed = wine.tensor().masked_fill(holes, torch.nan)
 filled = VB().run(GaussianMixture(10), holed, seed=0).impute(holed, num_samples=100).mean(0)
@@ -73,8 +77,7 @@ scale = wine.summary().variance.sqrt()
 ((filled - wine.tensor()) / scale)[holes].square().mean().sqrt()
 """,
     "shell": """
-bayesgen fit GaussianMixture data/wine_holes.csv --kind real --set num_components=10 \\
-    --out runs/holes
+bayesgen fit GaussianMixture data/wine_holes.csv --set num_components=10 --out runs/holes
 bayesgen impute runs/holes data/wine_holes.csv --out wine_filled.csv
 """,
 }
@@ -96,11 +99,12 @@ class Wine:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.data, self.cultivar = datasets.load("wine", with_target=True)
+        whole, self.cultivar = datasets.load("wine", with_target=True)
+        self.data = as_dataset(whole, columns=_COLUMNS)
         self.seen, self.kept = self.data.split(140 / 178, torch.Generator().manual_seed(1))
         generator = torch.Generator().manual_seed(2)
         self.new = torch.cat([self.kept.tensor(), invented(self.data, _NUM_PLANTED, generator)])
-        rows, columns = torch.arange(self.data.num_rows)[:, None], torch.arange(13)
+        rows, columns = torch.arange(self.data.num_rows)[:, None], torch.arange(6)
         self.holes = (rows % 3 == 0) & (columns % 4 == rows // 3 % 4)
         self.copies: Tensor
         self.vb: Fit
@@ -116,6 +120,7 @@ class Wine:
         self.sampling = Background(
             *["fit", "GaussianMixture", str(self.folder / "data" / "wine_seen.csv")],
             *["--kind", "real", "--set", "num_components=10", "--engine", "gibbs", "--force"],
+            *["--engine-set", "thinning=3"],
             *["--out", str(self.folder / "runs" / "wine-gibbs")],
         )
 
@@ -141,8 +146,8 @@ class Wine:
         """Found components beside the cultivars, which the fit was not told."""
         page.section(
             "Wine",
-            "Chemical analyses of 178 bottles, 13 columns. They come from three cultivars, which "
-            "the fit is not told. Of the rows, 140 are fitted, 38 kept aside.",
+            "Chemical analyses of 178 bottles, 6 of the 13 columns. The bottles come from three "
+            "cultivars, which the fit is not told. Of the rows, 140 are fitted, 38 kept aside.",
         )
         page.snippet(_SETUP, label="the code that all pictures below start from")
         page.picture(
@@ -169,17 +174,20 @@ class Wine:
     def engines(self, page: Page) -> None:
         """Agreement, chains, replicated data."""
         page.picture(
-            plots.agreement(agreement({"Gibbs": self.gibbs, "VB": self.vb}, self.kept)),
+            plots.agreement(
+                agreement({"Gibbs": self.gibbs, "VB": self.vb}, self.kept), max_quantities=12
+            ),
             "wine_agreement",
             "Means and 90 % intervals by both engines, in posterior standard deviations of Gibbs.",
             _CODE["agreement"],
         )
         arviz_pictures(page, "wine", self.gibbs, "alcohol", ["rank"])
+        check = posterior_predictive_check(self.vb)
         page.picture(
-            plots.predictive_check(posterior_predictive_check(self.vb), max_panels=12),
+            plots.predictive_check(check, max_panels=12),
             "wine_check",
-            "The 12 statistics of the data that fit worst, of 118, among those of 200 replicated "
-            "data sets; of so many, some are orange by chance.",
+            f"The 12 statistics of the data that fit worst, of {len(check.observed)}, among those "
+            "of 200 replicated data sets; of so many, one or two may be orange by chance.",
             _CODE["check"],
         )
 
@@ -194,7 +202,7 @@ class Wine:
         page.picture(
             plots.pairs(self.vb, columns=_SHOWN, x=self.new, outliers=self.judged),
             "wine_pairs",
-            "The rows that were judged in four of the 13 columns: marginal densities on the "
+            "The rows that were judged in four of the columns: marginal densities on the "
             "diagonal, densities and labels below it, outliers ringed.",
             _CODE["pairs"],
         )
