@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import re
+
 from docutils import nodes
 from latex2mathml.converter import convert
 
 __all__ = ["setup"]
 
+# What the converter does not know.
+_REWRITTEN = {
+    r"\arg\max": r"\operatorname{argmax}",
+    r"\arg\min": r"\operatorname{argmin}",
+    r"\_": "_",
+}
 # Symbols that the converter takes for letters; as operators they get their space.
 _OPERATORS = {"<mi>&#x0007E;</mi>": "<mo>&#x0223C;</mo>"}
+# A named function stands apart from an argument without brackets.
+_FUNCTION = re.compile(r"(?<!<msub>)(<mi>(?:log|exp|max|min|det|Pr)</mi>)(?!<mo stretchy|<mrow><mo|</m)")
 
 
 def _mathml(source: str, display: str) -> str:
     rows = source.strip()
     if r"\\" in rows and r"\begin" not in rows:
         rows = rf"\begin{{aligned}}{rows}\end{{aligned}}"
+    for unknown, known in _REWRITTEN.items():
+        rows = rows.replace(unknown, known)
     text = convert(rows, display=display)
     for letter, operator in _OPERATORS.items():
         text = text.replace(letter, operator)
-    return text
+    return _FUNCTION.sub(r'\1<mspace width="0.17em" />', text)
 
 
 def _inline(translator, node: nodes.math) -> None:
