@@ -77,7 +77,7 @@ class _Rows(dist.TorchDistribution):
             )
         n = self.batch_shape[-1]
         device = self.weights.device
-        seed = int(torch.randint(2**62, ()))
+        seed = int(torch.randint(2**32, ()))
         generator = rng.make_generator(seed, device)
         labels = torch.multinomial(self.weights, n, replacement=True, generator=generator)
         repeated = {k: v.expand(n, *v.shape) for k, v in self.values.items()}
