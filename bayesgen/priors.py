@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, constraints
 
 if TYPE_CHECKING:
-    from bayesgen.prior_design import PriorExploration
+    from bayesgen.prior_design import explore, solve_concentration
 
 __all__ = [
     "GammaDirichlet",
@@ -353,15 +353,11 @@ def _distribution_class(name: str) -> type[Distribution] | None:
     return None
 
 
-def explore(*arguments: Any, **settings: Any) -> PriorExploration:
-    """What a prior says before any data are fitted; see :func:`bayesgen.prior_design.explore`."""
+def __getattr__(name: str) -> Any:
+    """Import ``explore`` and ``solve_concentration`` on first use: they import this module."""
+    if name not in ("explore", "solve_concentration"):
+        raise AttributeError(f"module 'bayesgen.priors' has no attribute {name!r}")
     from bayesgen import prior_design
 
-    return prior_design.explore(*arguments, **settings)
-
-
-def solve_concentration(*arguments: Any, **settings: Any) -> float:
-    """The concentration for a wanted number of clusters; see :mod:`bayesgen.prior_design`."""
-    from bayesgen import prior_design
-
-    return prior_design.solve_concentration(*arguments, **settings)
+    value = globals()[name] = getattr(prior_design, name)
+    return value

@@ -24,7 +24,22 @@ if TYPE_CHECKING:
     from bayesgen.conjugate import Block
     from bayesgen.data import Dataset
 
-__all__ = ["Evaluation", "Family"]
+__all__ = ["Evaluation", "Family", "refuse_categories"]
+
+
+def refuse_categories(data: Dataset, family: str) -> None:
+    """Refuse columns of categories: their codes are names, and distances between them say nothing.
+
+    Raises:
+        ValueError: A column is a category; it is named.
+    """
+    named = [c for c, kind in zip(data.columns, data.kinds, strict=True) if kind == "category"]
+    if named:
+        raise ValueError(
+            f"{family} needs numbers, but column {named[0]!r} holds categories. Leave it out with "
+            "columns=[...], or take Mixture(Product(), num_components), which gives each kind of "
+            "column its own family."
+        )
 
 
 class Evaluation(NamedTuple):

@@ -15,6 +15,7 @@ from torch.distributions import constraints
 
 from bayesgen import rng
 from bayesgen.distributions import NormalInverseGamma
+from bayesgen.models.families.base import refuse_categories
 from bayesgen.models.families.factorised import (
     Batch,
     Factorised,
@@ -81,6 +82,7 @@ class DiagonalGaussian(Factorised):
 
     # ------------------------------------------------------------ description
     def bind(self, data: Dataset, num_components: int, priors: Mapping[str, Any]) -> Self:
+        refuse_categories(data, "a Gaussian")
         offset, scale = column_scales(data)
         if self.spherical:
             scale = scale.square().mean().sqrt().expand_as(scale).clone()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bayesgen import rng
 from bayesgen.distributions import InverseWishartCholesky, NormalInverseWishart
-from bayesgen.models.families.base import Evaluation, Family
+from bayesgen.models.families.base import Evaluation, Family, refuse_categories
 from bayesgen.models.families.normal_inverse_wishart import (
     NormalInverseWishartBlock,
     point_message,
@@ -107,6 +107,7 @@ class Gaussian(Family):
 
     # ------------------------------------------------------------ description
     def bind(self, data: Dataset, num_components: int, priors: Mapping[str, Any]) -> Self:
+        refuse_categories(data, "a Gaussian")
         offset, scale = column_scales(data)
         d = len(offset)
         if "components" in priors and ("loc" in priors or "scale_tril" in priors):

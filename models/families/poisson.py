@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 import pyro.distributions as dist
 import torch
@@ -12,6 +13,7 @@ from torch.distributions import constraints
 
 from bayesgen import rng
 from bayesgen.conjugate import Block
+from bayesgen.models.families.base import refuse_categories
 from bayesgen.models.families.factorised import (
     Batch,
     Entries,
@@ -27,6 +29,7 @@ from bayesgen.priors import describe
 
 if TYPE_CHECKING:
     from bayesgen.capabilities import Tensors
+    from bayesgen.data import Dataset
 
 __all__ = ["GammaBlock", "Poisson"]
 
@@ -152,6 +155,10 @@ class Poisson(OneSite):
     """
 
     # ------------------------------------------------------------ description
+    def bind(self, data: Dataset, num_components: int, priors: Mapping[str, Any]) -> Self:
+        refuse_categories(data, "Poisson")
+        return super().bind(data, num_components, priors)
+
     @property
     def _site(self) -> str:
         return "rate"

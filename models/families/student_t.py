@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bayesgen import rng
 from bayesgen.conjugate import Block
-from bayesgen.models.families.base import Evaluation, Family
+from bayesgen.models.families.base import Evaluation, Family, refuse_categories
 from bayesgen.models.families.degrees_of_freedom import DegreesOfFreedom, log_constant
 from bayesgen.models.families.factorised import by_component, sample_site
 from bayesgen.models.families.gaussian import Gaussian, quadratic_scores
@@ -165,6 +165,7 @@ class StudentT(Family):
                 )
             _check_df(given["df"])
         own = {site: prior for site, prior in given.items() if site != "df"}
+        refuse_categories(data, "StudentT")
         gaussian = Gaussian(tied=self.tied).bind(data, num_components, own)
         return replace(self, gaussian=gaussian, given=given)
 

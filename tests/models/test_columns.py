@@ -273,3 +273,12 @@ def test_whole_fits_of_a_mixed_table(engine):
     codes = filled[..., 3]
     assert bool(((codes == codes.round()) & (codes >= 0) & (codes <= 2)).all())
     assert torch.isfinite(fit.log_prob(frame)).all()
+
+
+# ------------------------------------------------------------------ words are no numbers
+@pytest.mark.parametrize("family", [Gaussian(), DiagonalGaussian(), StudentT(), Poisson()])
+def test_families_of_numbers_refuse_categories(family):
+    frame = table()
+    with pytest.raises(ValueError, match=r"'colour' holds categories.*Product"):
+        Mixture(family, 2).bind(as_dataset(frame[["visits", "colour"]]))
+    assert Mixture(family, 2).bind(as_dataset(frame[["visits", "smoker"]])).is_bound
