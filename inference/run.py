@@ -187,7 +187,14 @@ class Engine(ABC, Generic[S]):
 
     @property
     def _device(self) -> torch.device:
-        return torch.device(getattr(self, "device", "cpu"))
+        name = getattr(self, "device", "cpu")
+        try:
+            device = torch.device(name)
+        except RuntimeError:
+            raise ValueError(f"device={name!r}, but it must be 'cpu' or such as 'cuda'.") from None
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device={name!r}, but torch sees no CUDA device here; use 'cpu'.")
+        return device
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -180,7 +180,13 @@ def predict(run: str, data: str, out: str, force: bool) -> None:
 @cli.command(short_help="Say which rows do not belong.")
 @_run
 @_data
-@click.option("--fdr", type=float, default=0.05, show_default=True, help="Share of false calls.")
+@click.option(
+    "--fdr",
+    type=click.FloatRange(0.0, 1.0, min_open=True, max_open=True),
+    default=0.05,
+    help="Share of false calls.",
+    show_default=True,
+)
 @click.option(
     "--calibration",
     metavar="DATA|model",

@@ -204,7 +204,8 @@ def _verdict(job: Job, fit: Fit) -> str:
     attrs = fit.attrs
     parts = [f"saved {job.out}: {fit!r}"]
     if "num_occupied" in attrs:
-        parts.append(f"{attrs['num_occupied']} clusters")
+        count = attrs["num_occupied"]
+        parts.append(f"{count} cluster{'s' * (count != 1)}")
     elif "num_occupied" in fit.sample_stats:
         parts.append(f"{float(fit.sample_stats['num_occupied'].mean()):.1f} clusters on average")
     parts.append(f"{attrs['num_steps']} steps, {attrs['seconds']:.1f} s")

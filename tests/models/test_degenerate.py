@@ -227,3 +227,10 @@ def test_settings_are_checked():
         VB(schedule="memoised")
     with pytest.raises(ValueError, match="num_samples"):
         Gibbs(num_samples=0)
+
+
+@pytest.mark.parametrize("device", ["graphics", "cuda"])
+def test_a_device_that_is_not_there_is_refused(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=f"device='{device}'"):
+        VB(device=device).run(GaussianMixture(2), rows())
