@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 __all__ = ["VB"]
 
+# Rise in nats a row at which starts give way to moves.
+_ROUGH = 1e-4
+
 
 @dataclass(frozen=True)
 class _Expectation(Rule):
@@ -168,7 +171,9 @@ class VB(Engine[VBState]):
         new = ascend(_Expectation(), work, state.ascent, self.schedule)
         self._check_rise(state.objective, new.objective)
         change = float((new.objective - state.objective).abs().max()) / work.num_rows
-        if change > self.tolerance:
+        # Moves and the polish climb on: starts only need to tell which of them is best.
+        rough = self.moves and state.phase == "starts"
+        if change > (max(self.tolerance, _ROUGH) if rough else self.tolerance):
             return VBState(*new, state.phase, state.kind, state.failures)
         if state.phase == "polish" or not self.moves:
             return VBState(*new, "done", state.kind, state.failures)
