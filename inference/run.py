@@ -168,7 +168,7 @@ class Engine(ABC, Generic[S]):
             "versions": _versions(),
             **extra,
         }
-        attrs["messages"] = [*loop.messages, *extra.get("messages", [])]
+        attrs["messages"] = [*loop.messages, *extra.get("messages", []), *_notes(data)]
         return Fit(
             loop.task.model,
             **parts,
@@ -343,6 +343,19 @@ def _to(value: Any, device: torch.device) -> Any:
     if isinstance(value, list):
         return [_to(v, device) for v in value]
     return value
+
+
+def _notes(data: Dataset) -> list[str]:
+    """What a person should know of the data before trusting scores."""
+    variance = data.summary().variance.tolist()
+    constant = [name for name, v in zip(data.columns, variance, strict=True) if v == 0.0]
+    if not constant:
+        return []
+    return [
+        f"constant in the training rows: {', '.join(constant[:10])}. Nothing says how far such a "
+        "column may vary, so a row that differs there scores as low as the prior's guess makes it; "
+        "drop the column, or give a prior."
+    ]
 
 
 def _versions() -> dict[str, str]:
