@@ -352,9 +352,9 @@ def _notes(data: Dataset) -> list[str]:
     if not constant:
         return []
     return [
-        f"constant in the training rows: {', '.join(constant[:10])}. Nothing says how far such a "
-        "column may vary, so a row that differs there scores as low as the prior's guess makes it; "
-        "drop the column, or give a prior."
+        f"constant in the training rows: {', '.join(constant[:10])}. Nothing says how far such "
+        "a column may vary, so a row that differs there scores as low as the prior's guess makes "
+        "it; drop the column, or give a prior."
     ]
 
 
