@@ -137,47 +137,47 @@ def ascend(rule: Rule, source: Source, state: Ascent, schedule: str = "full") ->
     return evaluate(rule, source, parameters, state.num_passes)
 
 
-def _sum(memory: list[Nested], block: str, name: str) -> Tensor:
-    return torch.stack([statistics[block][name] for statistics in memory]).sum(0)
+def _memory(new: Nested, num_batches: int) -> Nested:
+    """Room for the statistics of all batches: kept apart, they would scatter the heap."""
+    return _map(lambda v: v.new_zeros((num_batches, *v.shape)), new)
 
 
 def _memoised(rule: Rule, source: Source, state: Ascent) -> Ascent:
     """Every batch replaces its own old statistics, so the objective rises batch by batch."""
     model, parameters = source.model, state.parameters
     # The first pass fills the memory under fixed parameters; totals then are sums of its parts.
-    fresh = state.memory is None
-    total: Nested | None = None if fresh else state.statistics
-    memory: list[Nested] = []
-    entropies: list[Tensor] = []
+    total: Nested | None = None if state.memory is None else state.statistics
+    memory: Nested | None = None
+    entropies: Tensor | None = None
     for index, observed in enumerate(source):
         messages = rule.messages(model, parameters)
         local = model.local(observed, messages)
         new = _nested(local.statistics)
-        memory.append(new)
-        entropies.append(local.bound - model.inner(messages, new))
-        if fresh:
+        entropy = local.bound - model.inner(messages, new)
+        if memory is None or entropies is None:
+            memory = _memory(new, source.num_batches)
+            entropies = entropy.new_zeros((source.num_batches, *entropy.shape))
+        entropies[index] = entropy
+        for block, values in new.items():
+            for name, value in values.items():
+                memory[block][name][index] = value
+        if state.memory is None or total is None:
             total = add_statistics(total, new)
             continue
-        assert state.memory is not None
-        assert total is not None
         old = state.memory
         total = {
             b: {k: v + new[b][k] - old[b][k][index] for k, v in s.items()}
             for b, s in total.items()
         }
         parameters = rule.solve(model, total, parameters)
-    assert total is not None
-    if not fresh:
-        # Differences of sums drift by rounding: each pass starts from the plain sum again.
-        total = {b: {k: _sum(memory, b, k) for k in s} for b, s in total.items()}
+    assert memory is not None
+    assert entropies is not None
+    # Differences of sums drift by rounding: each pass ends with the plain sum again.
+    total = _map(lambda v: v.sum(0), memory)
     parameters = rule.solve(model, total, parameters)
-    stacked = {
-        b: {k: torch.stack([m[b][k] for m in memory]) for k in s} for b, s in memory[0].items()
-    }
-    entropy = torch.stack(entropies)
     messages = rule.messages(model, parameters)
-    objective = model.inner(messages, total) + entropy.sum(0) + rule.penalty(model, parameters)
-    return Ascent(parameters, total, objective, state.num_passes + 1, stacked, entropy)
+    objective = model.inner(messages, total) + entropies.sum(0) + rule.penalty(model, parameters)
+    return Ascent(parameters, total, objective, state.num_passes + 1, memory, entropies)
 
 
 def _stochastic(rule: Rule, source: Source, state: Ascent) -> Ascent:

@@ -97,12 +97,15 @@ class Source:
         index = index.unique().to(self.device)
         if self.data.in_memory:
             return self.data.subset(index).tensor(torch.float64, self.device)
-        parts, start = [], 0
+        # Filled in place: small tensors kept between passing batches would scatter the heap.
+        out = torch.empty((len(index), self.data.num_columns), dtype=torch.float64)
+        out = out.to(self.device)
+        start = filled = 0
         for batch in self._chunks():
             here = index[(index >= start) & (index < start + len(batch))]
-            parts.append(batch[here - start])
-            start += len(batch)
-        return torch.cat(parts)
+            out[filled : filled + len(here)] = batch[here - start]
+            start, filled = start + len(batch), filled + len(here)
+        return out
 
     def sweep(
         self,
