@@ -7,6 +7,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from sphinx.ext.napoleon.docstring import GoogleDocstring
+
 import bayesgen
 
 sys.path.insert(0, str(Path(__file__).parent / "_ext"))
@@ -59,3 +61,5 @@ autodoc_typehints = "none"  # the docstrings give types, shapes and units in wor
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
+# Napoleon takes what stands before a colon in an attribute's docstring for its type; ours are prose.
+GoogleDocstring._parse_attribute_docstring = GoogleDocstring._consume_to_end

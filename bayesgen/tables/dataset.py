@@ -145,10 +145,9 @@ class Dataset:
             dtype: Of the batches.
             device: Of the batches.
             generator: Shuffles. Rows in memory come in a uniformly random order. Streamed rows
-            come
-                in a random order of the file's chunks (row groups of Parquet, stretches of about
-                4 MB of others), with the rows within each block of about 4 MB in random order: a
-                file that is sorted should be shuffled once on disk.
+                come in a random order of the file's chunks (row groups of Parquet, stretches of
+                about 4 MB of others), with the rows within each block of about 4 MB in random
+                order: a file that is sorted should be shuffled once on disk.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, but got {batch_size}.")

@@ -18,7 +18,9 @@ _REWRITTEN = {
 # Symbols that the converter takes for letters; as operators they get their space.
 _OPERATORS = {"<mi>&#x0007E;</mi>": "<mo>&#x0223C;</mo>"}
 # A named function stands apart from an argument without brackets.
-_FUNCTION = re.compile(r"(?<!<msub>)(<mi>(?:log|exp|max|min|det|Pr)</mi>)(?!<mo stretchy|<mrow><mo|</m)")
+_FUNCTION = re.compile(
+    r"(?<!<msub>)(<mi>(?:log|exp|max|min|det|Pr)</mi>)(?!<mo stretchy|<mrow><mo|</m)"
+)
 
 
 def _mathml(source: str, display: str) -> str:

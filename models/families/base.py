@@ -5,7 +5,7 @@ density is a product of features of the data with natural parameters, and its st
 transpose of that product; so one pass of any engine is two matrix products.
 
 Shapes: ``(...)`` are leading batch dimensions (chains, starts, draws), ``K`` components, ``n``
-    rows. Components come before rows, because rows are contiguous in memory then.
+rows. Components come before rows, because rows are contiguous in memory then.
 """
 
 from __future__ import annotations
