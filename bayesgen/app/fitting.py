@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bayesgen.app.actions import read_data
-from bayesgen.app.guard import interrupts
+from bayesgen.app.guard import Misuse, interrupts
 from bayesgen.app.progress import progress, say
-from bayesgen.app.registry import ENGINES, MODELS, build
+from bayesgen.app.registry import ENGINES, MODELS, build, find
 from bayesgen.capabilities import Model
 from bayesgen.fit import Fit, load
+from bayesgen.storage import flatten
 
 if TYPE_CHECKING:
     from bayesgen.data import Dataset
@@ -67,13 +68,13 @@ def run(job: Job) -> int:
         ValueError: Settings or data that are not allowed, or an output that exists.
     """
     _check_folder(job)
-    model, engine = build(MODELS, job.model, job.model_settings), _engine(job)
-    if not isinstance(model, Model):
-        raise ValueError(
-            f"{job.model} is made of several fits and is used from Python: see its docstring."
-        )
+    maker = find(MODELS, job.model)
+    if isinstance(maker, type) and not issubclass(maker, Model):
+        raise Misuse(f"{job.model} is made of several fits: use it from Python, by its run().")
+    model: Model = build(MODELS, job.model, job.model_settings)
+    engine = _engine(job)
     data = read_data(job.data, columns=job.columns, kinds=job.kinds)
-    if _is_complete(job, engine, data):
+    if _is_complete(job, model, engine, data):
         say(f"{job.out} is complete already; nothing to resume.", quiet=job.quiet)
         return 0
     return _fit(job, model, engine, data)
@@ -113,7 +114,7 @@ def _remove_checkpoint(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _is_complete(job: Job, engine: Engine[Any], data: Dataset) -> bool:
+def _is_complete(job: Job, model: Model, engine: Engine[Any], data: Dataset) -> bool:
     """Whether ``--resume`` finds the very fit that was asked for, finished."""
     if not job.resume or job.checkpoint.exists() or not (job.folder / "manifest.json").exists():
         return False
@@ -125,6 +126,7 @@ def _is_complete(job: Job, engine: Engine[Any], data: Dataset) -> bool:
         "data_fingerprint": data.fingerprint(),
     }
     found = {name: fit.attrs.get(name) for name in asked}
+    asked["model"], found["model"] = True, _same_model(fit.model, model.bind(data))
     if found != asked:
         other = ", ".join(name for name in asked if asked[name] != found[name])
         raise ValueError(
@@ -132,6 +134,14 @@ def _is_complete(job: Job, engine: Engine[Any], data: Dataset) -> bool:
             "--force without --resume to replace it."
         )
     return True
+
+
+def _same_model(first: Model, second: Model) -> bool:
+    """Whether a file would hold the same of both."""
+    (here, config), (there, other) = flatten(first.to_config()), flatten(second.to_config())
+    if type(first) is not type(second) or config != other or here.keys() != there.keys():
+        return False
+    return all(here[name].equal(there[name]) for name in here)
 
 
 def _spare_threads(data: Dataset) -> None:

@@ -81,16 +81,17 @@ def _bar(name: str, total: int | None, out: TextIO) -> Iterator[Callback]:
 
 
 class _Lines:
-    """At most one line in ten seconds: what a log file can bear."""
+    """The first step, then at most one line in ten seconds: what a log file can bear."""
 
     def __init__(self, name: str, total: int | None, out: TextIO) -> None:
         self.name, self.total, self.out = name, total, out
-        self.last = time.monotonic()
+        self.last: float | None = None
 
     def __call__(self, progress: Progress) -> None:
         """Show a step, if it is time."""
         now = time.monotonic()
-        if now - self.last < _SECONDS_BETWEEN_LINES and progress.step != self.total:
+        recent = self.last is not None and now - self.last < _SECONDS_BETWEEN_LINES
+        if recent and progress.step != self.total:
             return
         self.last = now
         of = "" if self.total is None else f" of {self.total}"

@@ -12,7 +12,7 @@ from torch import Tensor
 from bayesgen.app.demo.arviz_pictures import KINDS, draw
 from bayesgen.app.demo.page import Mark, Page
 from bayesgen.app.output import rows_frame, write_frame
-from bayesgen.arviz_groups import import_arviz
+from bayesgen.arviz_groups import import_arviz, is_datatree
 from bayesgen.diagnostics import invariants
 
 if TYPE_CHECKING:
@@ -95,8 +95,8 @@ def arviz_pictures(
         "trace": "ArviZ, trace: four chains (line styles) of quantities that no relabelling "
         "changes: the effective number of clusters, and the mixture's mean and variance of "
         f"'{column}'; good chains lie on top of each other and wander fast.",
-        "forest": "ArviZ, forest: posterior intervals of the same quantities, their effective "
-        "number of draws, and R-hat, which is near 1 when the chains agree.",
+        "forest": "ArviZ, forest: posterior intervals of the same quantities"
+        + ("." if is_datatree() else ", their effective sample sizes, and R-hat, near 1 at best."),
         "rank": "ArviZ, ranks: the draws of each chain ranked among all; flat bars mean that "
         "every chain sees the same posterior.",
     }
