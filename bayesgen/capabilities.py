@@ -4,7 +4,8 @@ An engine never asks what a model *is*; it asks for a capability with :func:`req
 a ``TypeError`` naming the missing one. Every class below is abstract; every model is final.
 
 Shapes: data ``(n, d)`` (or ``(n, channels, height, width)``); draws are mappings from site name to
-a tensor ``(*draw, *event)``, where ``*draw`` is usually ``(chain, draw)``; log densities are in nats.
+a tensor ``(*draw, *event)``, where ``*draw`` is usually ``(chain, draw)``; log densities are in
+nats.
 """
 
 from __future__ import annotations

@@ -61,5 +61,5 @@ autodoc_typehints = "none"  # the docstrings give types, shapes and units in wor
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
-# Napoleon takes what stands before a colon in an attribute's docstring for its type; ours are prose.
+# Napoleon takes what stands before a colon in an attribute's docstring for a type; ours is prose.
 GoogleDocstring._parse_attribute_docstring = GoogleDocstring._consume_to_end
