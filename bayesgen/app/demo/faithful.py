@@ -120,13 +120,17 @@ class Faithful:
 
     def fit(self) -> None:
         """Both engines from 10 components."""
-        self.vb = VB().run(GaussianMixture(10), self.seen, seed=0)
+        self.judge()
         self.gibbs = Gibbs(thinning=3).run(GaussianMixture(10), self.seen, seed=0)
-        self.judged = self.vb.outliers(self.new, fdr=FDR, folds=10)
         save_rows(self.folder, "faithful_seen", self.seen, self.data)
         save_rows(self.folder, "faithful_new", self.new, self.data)
         self.vb.save(self.folder / "runs" / "faithful-vb")
         self.gibbs.save(self.folder / "runs" / "faithful-gibbs")
+
+    def judge(self) -> None:
+        """Variational Bayes, and its verdict on new rows."""
+        self.vb = VB().run(GaussianMixture(10), self.seen, seed=0)
+        self.judged = self.vb.outliers(self.new, fdr=FDR, folds=10)
 
     def prior(self, page: Page) -> None:
         """What the default prior says, and how to say something else."""
@@ -227,7 +231,7 @@ def _explore(data: Dataset) -> PriorExploration:
 
 
 def hero(fit: Fit, judged: Outliers, new: torch.Tensor) -> Figure:
-    """The density with components and verdict beside data drawn from it."""
+    """The density with components and verdict beside data drawn from it: it opens the README."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.6), layout="constrained")
@@ -236,7 +240,9 @@ def hero(fit: Fit, judged: Outliers, new: torch.Tensor) -> Figure:
     called = judged.is_outlier.cpu()
     mine, strange = new[~called].numpy(), new[called].numpy()
     left.plot(*mine.T, "o", mfc="white", mec="#303030", ms=4.5, label="new rows that belong")
-    left.plot(*strange.T, "X", color="#D55E00", mec="white", ms=9, label="new rows that do not")
+    left.plot(
+        *strange.T, "X", color="#D55E00", mec="white", ms=9, label="new rows that do not (FDR 5 %)"
+    )
     left.set_title("Old Faithful: density, components, and who does not belong", fontsize=10)
     plots.density(fit, x=fit.sample(272, seed=1), show_components=False, ax=right)
     right.set_title("272 new eruptions, drawn from the same fit", fontsize=10)
