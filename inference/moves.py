@@ -13,20 +13,19 @@ References:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
+from bayesgen import verbs
+from bayesgen.capabilities import Conditional
+from bayesgen.data import Dataset
 from bayesgen.inference.coordinate import Ascent, Nested, Rule, ascend, evaluate, pick, stack
-from bayesgen.inference.proposals import OCCUPIED, PROPOSALS, is_cheap
-
-if TYPE_CHECKING:
-    from bayesgen.inference.source import Source
+from bayesgen.inference.proposals import MAX_ROWS, OCCUPIED, PROPOSALS, is_cheap
+from bayesgen.inference.source import Source
 
 __all__ = ["KINDS", "attempt", "num_occupied"]
 
-KINDS = tuple(PROPOSALS)
+KINDS = (*PROPOSALS, "fill")
 
 # Passes that candidates climb before those without hope are dropped, on small data, and at most.
 _PATIENCE = 8
@@ -51,6 +50,8 @@ def attempt(
     kind: str, rule: Rule, source: Source, state: Ascent, gain: float, generator: torch.Generator
 ) -> tuple[Ascent, bool]:
     """Try one kind of move on a single start; ``gain`` is the least rise in nats to accept."""
+    if kind == "fill":
+        return _filled(rule, source, state, gain, generator)
     propose, only_small = PROPOSALS[kind]
     cheap = is_cheap(source, state)
     if only_small and not cheap:
@@ -129,6 +130,42 @@ def _detour(
         if winner is not None:
             return winner, True
     return state, False
+
+
+def _filled(
+    rule: Rule, source: Source, state: Ascent, gain: float, generator: torch.Generator
+) -> tuple[Ascent, bool]:
+    """Fill the gaps of the rows at random, search there with all moves, climb from what is found.
+
+    Passes over rows with gaps cost far more: one for each pattern of gaps.
+    """
+    model = source.model
+    if source.num_rows > MAX_ROWS or not isinstance(model, Conditional):
+        return state, False
+    rows = source.rows(MAX_ROWS, generator)
+    if not bool(rows.isnan().any()):
+        return state, False
+    values = {
+        name: {
+            site: value[:, 0]
+            for site, value in block.sample(state.parameters[name], 1, generator=generator).items()
+        }
+        for name, block in model.blocks.items()
+    }
+    complete = verbs.impute(model, rows, model.export(values), generator=generator)[0]
+    data = Dataset.from_codes(complete, source.data.schema)
+    inner = Source(model, data, dtype=source.dtype, device=source.device)
+    found = evaluate(rule, inner, state.parameters, state.num_passes)
+    if not is_cheap(inner, found):
+        return state, False
+    found = _settle(rule, inner, found, gain)
+    failures = 0
+    while failures < len(PROPOSALS):
+        for kind in PROPOSALS:
+            found, moved = attempt(kind, rule, inner, found, gain, generator)
+            failures = 0 if moved else failures + 1
+    winner = _climb(rule, source, state, found.statistics, gain, _PATIENCE)
+    return (state, False) if winner is None else (winner, True)
 
 
 def _settle(rule: Rule, source: Source, state: Ascent, gain: float) -> Ascent:

@@ -23,10 +23,10 @@ from bayesgen.inference.coordinate import Ascent, Nested, pick
 if TYPE_CHECKING:
     from bayesgen.inference.source import Source
 
-__all__ = ["OCCUPIED", "PROPOSALS", "is_cheap"]
+__all__ = ["MAX_ROWS", "OCCUPIED", "PROPOSALS", "is_cheap"]
 
 OCCUPIED = 0.5
-_SAMPLE = 10_000
+MAX_ROWS = 10_000
 _MERGES = 48
 # Candidates of one round of shakes, and the share of the rows that they relabel in turn.
 _SHAKES = 40
@@ -45,7 +45,7 @@ def is_cheap(source: Source, state: Ascent) -> bool:
     """
     components = source.model.occupancy(state.statistics).shape[-1]
     cost = source.num_rows * components * _SHAKES * source.model.row_size
-    if source.num_rows > _SAMPLE or cost > _CHEAP:
+    if source.num_rows > MAX_ROWS or cost > _CHEAP:
         return False
     return all(source.model.collapsible(observed) for observed in source)
 
@@ -124,7 +124,7 @@ def _splits(source: Source, state: Ascent, generator: torch.Generator) -> list[N
     size, occupied, empty = _occupied(source, state)
     if len(empty) == 0:
         return []
-    rows = source.rows(_SAMPLE, generator)
+    rows = source.rows(MAX_ROWS, generator)
     share = source.num_rows / len(rows)
     labels, _ = _labels(source, state, rows)
     slot = int(empty[0])
@@ -149,7 +149,7 @@ def _strays(source: Source, state: Ascent, generator: torch.Generator) -> list[N
     size, _, empty = _occupied(source, state)
     if len(empty) == 0:
         return []
-    rows = source.rows(_SAMPLE, generator)
+    rows = source.rows(MAX_ROWS, generator)
     labels, log_density = _labels(source, state, rows)
     order = log_density.argsort()
     moved = []
@@ -168,7 +168,7 @@ def _remixes(source: Source, state: Ascent, generator: torch.Generator) -> list[
         return []
     pooled = {b: {k: _pool(v, pairs) for k, v in s.items()} for b, s in state.statistics.items()}
     order = _evidence(source, state, pooled).argsort(descending=True)[: _SHAKES // _REMIXES]
-    rows = source.rows(_SAMPLE, generator)
+    rows = source.rows(MAX_ROWS, generator)
     labels, _ = _labels(source, state, rows)
     points, moved = source.model.embed(rows), []
     for first, second in pairs[order].tolist():
@@ -185,7 +185,7 @@ def _remixes(source: Source, state: Ascent, generator: torch.Generator) -> list[
 def _shakes(source: Source, state: Ascent, generator: torch.Generator) -> list[Nested]:
     """Some rows relabelled at random; every fourth time an empty component takes part."""
     size, occupied, empty = _occupied(source, state)
-    rows = source.rows(_SAMPLE, generator)
+    rows = source.rows(MAX_ROWS, generator)
     labels, _ = _labels(source, state, rows)
     moved = []
     for j in range(_SHAKES):

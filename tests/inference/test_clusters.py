@@ -113,6 +113,14 @@ def test_same_number_of_clusters_over_ten_seeds(shared_data, name):
     assert len({k for k, _ in found}) == 1, found
 
 
+@pytest.mark.slow
+def test_same_number_of_clusters_with_gaps(shared_data):
+    x = load(shared_data, "wine")
+    x[np.random.default_rng(0).random(x.shape) < 0.05] = np.nan
+    found = number(range(3), VB(num_samples=2), GaussianMixture(10), x)
+    assert len(set(found)) == 1, found
+
+
 # ------------------------------------------------------------------ held-out density
 def split(x, seed):
     order = np.random.default_rng(seed).permutation(len(x))
