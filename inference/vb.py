@@ -87,8 +87,9 @@ class VB(Engine[VBState]):
 
     .. math:: \mathrm{ELBO} = E_q[\log p(x, z, \theta) - \log q(z)\,q(\theta)] \le \log p(x)
 
-    Several k-means++ starts climb in one batch; the best goes on with merge, delete and split
-    moves, each accepted only if the exact ELBO of all the data rises, so the number of clusters is
+    Several k-means++ starts, from two clusters to all components, climb in one batch; the best
+    goes on with moves that merge, delete, split or sort components and, on small data, relabel rows
+    at random, each accepted only if the exact ELBO of all the data rises, so the number of clusters is
     not left to the start. ``fit.history["elbo"]`` never falls under the schedules ``"full"`` and
     ``"memoised"`` (a fall beyond rounding raises).
 
@@ -101,7 +102,7 @@ class VB(Engine[VBState]):
         num_starts: k-means++ starts.
         tolerance: Converged when the ELBO rises by less than this, in nats a row.
         max_steps: Steps at most; a step is a pass over the data, or one round of moves.
-        moves: Whether to search by merge, delete and split moves after the ascent.
+        moves: Whether to search by moves after the ascent of the starts.
         num_samples: Draws from the variational posterior that the fit holds.
         schedule: ``"full"`` passes (exact, also when streamed from disk), ``"memoised"`` (exact;
             the posterior moves after every minibatch) or ``"stochastic"`` (Robbins-Monro).
