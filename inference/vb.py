@@ -88,10 +88,10 @@ class VB(Engine[VBState]):
     .. math:: \mathrm{ELBO} = E_q[\log p(x, z, \theta) - \log q(z)\,q(\theta)] \le \log p(x)
 
     Several k-means++ starts, from two clusters to all components, climb in one batch; the best
-    goes on with moves that merge, delete, split or sort components and, on small data, relabel rows
-    at random, each accepted only if the exact ELBO of all the data rises, so the number of clusters is
-    not left to the start. ``fit.history["elbo"]`` never falls under the schedules ``"full"`` and
-    ``"memoised"`` (a fall beyond rounding raises).
+    goes on with moves that merge, delete, split or sort components and, on small data, relabel
+    rows at random. Each is accepted only if the exact ELBO of all the data rises, so the number
+    of clusters is not left to the start. ``fit.history["elbo"]`` never falls under the schedules
+    ``"full"`` and ``"memoised"`` (a fall beyond rounding raises).
 
     References:
         Attias (2000). A variational Bayesian framework for graphical models. Hughes & Sudderth
