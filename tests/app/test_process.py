@@ -105,6 +105,8 @@ def test_ctrl_c_saves_the_fit_and_says_so(tmp_path: Path):
 def test_ctrl_c_in_any_command_is_130():
     code = (
         "import os, signal\n"
+        # A job in the background starts with SIGINT ignored, and its children inherit that.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from bayesgen.app import actions, cli\n"
         "actions.score = lambda *a, **k: os.kill(os.getpid(), signal.SIGINT)\n"
         "cli.cli(['score', 'a', 'b'])\n"
