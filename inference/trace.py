@@ -1,0 +1,281 @@
+r"""Trace once, run anywhere: a Pyro program as a tensor graph of its unconstrained log density.
+
+.. math::
+    \ell(u) = \log p\big(T(u), y\big) + \log \lvert \det T'(u) \rvert, \qquad
+    T: \mathbb{R}^D \to \mathrm{support}
+
+Discrete latents are summed out. After tracing no Python of Pyro runs in any inner loop.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.infer.mcmc.util import TraceEinsumEvaluator
+from torch import Tensor, fx
+
+from bayesgen.inference.complaints import ProgramError, user_line
+from bayesgen.inference.graph import capture, compile_graph, simplify
+from bayesgen.inference.sites import Flat, Layout, discover, enumerated, quietly
+
+__all__ = ["Density", "trace"]
+
+Gradient = Callable[[Tensor], tuple[Tensor, Tensor]]
+_CHUNK = 2**22  # numbers held while draws are turned back
+
+
+@dataclass(frozen=True, eq=False)
+class Density:
+    """The log density of a program over a flat unconstrained vector, with its gradient.
+
+    Args:
+        layout: Sites, and where they lie in the vector.
+        single: The traced graph of one vector: ``(D,) -> ((), (D,))``; None when it could not be traced.
+        message: Why it could not be traced, with the line; empty when it was.
+    """
+
+    layout: Layout
+    single: fx.GraphModule | None
+    message: str = ""
+    notes: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def num_params(self) -> int:
+        """Length ``D`` of the vector."""
+        return self.layout.num_params
+
+    @property
+    def is_traced(self) -> bool:
+        """Whether gradients run without Pyro."""
+        return self.single is not None
+
+    # ------------------------------------------------------------ densities
+    def pyro_log_prob(self, vector: Tensor) -> Tensor:
+        """The log density of one vector ``(D,)`` by Pyro itself."""
+        return _log_density(self.layout, vector)
+
+    def value_and_grad(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Log density ``(c,)`` and gradient ``(c, D)`` at ``(c, D)``, for any ``c``; not the fast way."""
+        with torch.no_grad():
+            if self.single is not None:
+                value, gradient = torch.func.vmap(self.single)(vectors)
+                return value, gradient
+        return self._by_pyro(vectors)
+
+    def batched(self, num_chains: int) -> Gradient:
+        """The gradient of ``num_chains`` vectors in one call, as a small eager graph."""
+        if self.single is None:
+            return self._by_pyro
+        # Points that differ: a graph of equal ones could fold what differs between chains.
+        example = self._points(num_chains)
+        graph = capture(torch.func.vmap(self.single), example)
+        return simplify(graph, example)
+
+    def _points(self, count: int) -> Tensor:
+        layout = self.layout
+        steps = torch.arange(count * self.num_params, dtype=layout.dtype, device=layout.device)
+        return (steps * 0.7548776662466927).remainder(1.0).reshape(count, -1) - 0.5
+
+    def _by_pyro(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        results = [_value_and_grad(self.layout, vector) for vector in vectors]
+        return torch.stack([v for v, _ in results]), torch.stack([g for _, g in results])
+
+    # ------------------------------------------------------------ draws
+    def constrain(self, vectors: Tensor) -> dict[str, Tensor]:
+        """Sites and deterministic values ``(*lead, *shape)`` of vectors ``(*lead, D)``."""
+        return self._mapped(_values, vectors)
+
+    def log_likelihood(self, vectors: Tensor) -> dict[str, Tensor]:
+        """Log density of every observed value by site, ``(*lead, *rows)``; discrete latents summed out."""
+        return self._mapped(_pointwise, vectors)
+
+    def _mapped(
+        self, function: Callable[[Layout, Tensor], dict[str, Tensor]], vectors: Tensor
+    ) -> dict[str, Tensor]:
+        lead = vectors.shape[:-1]
+        flat = vectors.reshape(-1, self.num_params)
+        call = self._graph_of(function)
+        size = max(1, sum(v.numel() for v in call(flat[0]).values()) + self.num_params)
+        many = torch.func.vmap(call) if self.is_traced else None
+        parts: list[dict[str, Tensor]] = []
+        with torch.no_grad():
+            for chunk in flat.split(max(1, _CHUNK // (16 * size))):
+                if many is not None:
+                    parts.append(many(chunk))
+                else:
+                    rows = [call(row) for row in chunk]
+                    parts.append({k: torch.stack([r[k] for r in rows]) for k in rows[0]})
+        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return {name: value.reshape(*lead, *value.shape[1:]) for name, value in joined.items()}
+
+    def _graph_of(
+        self, function: Callable[[Layout, Tensor], dict[str, Tensor]]
+    ) -> Callable[[Tensor], dict[str, Tensor]]:
+        if self.single is None:
+            return lambda vector: function(self.layout, vector)
+        example = self._points(1)[0]
+        names: list[str] = []
+
+        def values(vector: Tensor) -> tuple[Tensor, ...]:
+            found = function(self.layout, vector)
+            names[:] = list(found)
+            return tuple(found.values())
+
+        graph = simplify(capture(values, example), example)
+        return lambda vector: dict(zip(names, graph(vector), strict=True))
+
+    def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
+        """The vector ``(D,)`` of one value for each latent site."""
+        return _unconstrain(self.layout, values)
+
+    # ------------------------------------------------------------ blame
+    def terms(self, vector: Tensor) -> dict[str, float]:
+        """Log density of each site at a vector, to say which one is not finite."""
+        layout = self.layout
+        with torch.no_grad(), quietly(layout.dtype), Flat(layout.sites, vector):
+            nodes = poutine.trace(layout.run).get_trace()
+        found = {}
+        for name, node in nodes.nodes.items():
+            if node["type"] == "sample" and (name in layout.observed or name in layout.dims):
+                found[name] = float(node["fn"].log_prob(node["value"]).sum())
+        return found
+
+
+def trace(
+    run: Callable[[], Any],
+    *,
+    dtype: torch.dtype = torch.float64,
+    generator: torch.Generator,
+    traced: bool = True,
+) -> Density:
+    """Trace a Pyro program.
+
+    Args:
+        run: The program with its data bound, called without arguments.
+        dtype: Precision; the program runs under it as default dtype.
+        generator: For the values at which the program is first run; its device is where to compute.
+        traced: False keeps Pyro's own Python, for comparison.
+
+    Raises:
+        ValueError: A program that no gradient-based sampler can run.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model():
+        ...     scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        ...     pyro.sample("x", dist.Normal(0.0, scale), obs=torch.tensor(1.0))
+        >>> density = trace(model, generator=torch.Generator().manual_seed(0))
+        >>> density.num_params, density.is_traced
+        (1, True)
+        >>> density.constrain(torch.zeros(1, 1))
+        {'scale': tensor([1.], dtype=torch.float64)}
+    """
+    layout = discover(run, dtype=dtype, generator=generator)
+    density = Density(layout, None)
+    if not traced:
+        return Density(layout, None, "tracing was switched off")
+    start = time.perf_counter()
+    try:
+        example = density._points(1)[0]
+        graph = capture(lambda vector: _value_and_grad(layout, vector), example)
+        single = simplify(graph, example)
+    except Exception as error:  # noqa: BLE001 - whatever stops a trace, Pyro itself can still run
+        return Density(layout, None, _why(error))
+    found = Density(layout, single, notes={"trace_seconds": time.perf_counter() - start})
+    problem = _disagreement(found)
+    return Density(layout, None, problem) if problem else found
+
+
+def _why(error: Exception) -> str:
+    line = user_line(error)
+    text = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
+    at = f" at {line}" if line else ""
+    return (
+        f"the program could not be traced and runs by Pyro's own Python, many times slower: "
+        f"{type(error).__name__}{at}. {text}"
+    )
+
+
+def _disagreement(density: Density) -> str:
+    """A trace that holds numbers of its own (random or chosen by a branch) differs from Pyro."""
+    points = density._points(3)[1:]
+    values, _ = density.value_and_grad(points)
+    with torch.no_grad():
+        wanted = torch.stack([density.pyro_log_prob(point) for point in points])
+    off = (values - wanted).abs() > 1e-6 * (1 + wanted.abs())
+    if values.dtype == torch.float32:
+        off = (values - wanted).abs() > 1e-3 * (1 + wanted.abs())
+    if bool((off & values.isfinite() & wanted.isfinite()).any()):
+        return (
+            "the traced program disagrees with Pyro: it draws random numbers of its own, or branches "
+            "on a value. It runs by Pyro's own Python, many times slower."
+        )
+    return ""
+
+
+# ---------------------------------------------------------------- one vector
+def _log_density(layout: Layout, vector: Tensor) -> Tensor:
+    with quietly(layout.dtype), Flat(layout.sites, vector) as flat:
+        if not layout.enumerated:
+            nodes = poutine.trace(layout.run).get_trace()
+            total = nodes.log_prob_sum()
+        else:
+            nodes = poutine.trace(enumerated(layout)).get_trace()
+            total = TraceEinsumEvaluator(nodes, True, layout.max_plate_nesting).log_prob(nodes)
+    density: Tensor = total + flat.log_det
+    return density
+
+
+def _value_and_grad(layout: Layout, vector: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = vector.detach().requires_grad_(True)
+    with torch.enable_grad():
+        value = _log_density(layout, leaf)
+        (gradient,) = torch.autograd.grad(value, leaf)
+    return value.detach(), gradient
+
+
+def _values(layout: Layout, vector: Tensor) -> dict[str, Tensor]:
+    with quietly(layout.dtype), Flat(layout.sites, vector):
+        run = layout.run if not layout.enumerated else _conditioned(layout)
+        nodes = poutine.trace(run).get_trace().nodes
+    return {name: nodes[name]["value"].clone() for name in layout.dims if name in nodes}
+
+
+def _conditioned(layout: Layout) -> Callable[[], Any]:
+    return enumerated(layout)
+
+
+def _pointwise(layout: Layout, vector: Tensor) -> dict[str, Tensor]:
+    with quietly(layout.dtype), Flat(layout.sites, vector):
+        run = enumerated(layout) if layout.enumerated else layout.run
+        nodes = poutine.trace(run).get_trace()
+    if layout.enumerated:
+        from bayesgen.inference.marginal import pointwise
+
+        return pointwise(layout, nodes)
+    return {
+        name: nodes.nodes[name]["fn"].log_prob(nodes.nodes[name]["value"])
+        for name in layout.observed
+    }
+
+
+def _unconstrain(layout: Layout, values: Mapping[str, Tensor]) -> Tensor:
+    from torch.distributions import biject_to
+
+    parts = []
+    with quietly(layout.dtype), torch.no_grad():
+        run = poutine.condition(layout.run, data=dict(values))
+        nodes = poutine.trace(run).get_trace().nodes
+    for site in layout.sites:
+        if site.name not in values:
+            raise ProgramError(
+                f"values lack the site '{site.name}'; give {[s.name for s in layout.sites]}."
+            )
+        transform = biject_to(nodes[site.name]["fn"].support)
+        parts.append(transform.inv(nodes[site.name]["value"]).reshape(-1))
+    return torch.cat(parts).to(layout.dtype)
