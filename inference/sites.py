@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from torch.distributions import biject_to
 from bayesgen import rng
 from bayesgen.inference.complaints import check_site, check_trace, explained
 
-__all__ = ["Flat", "Layout", "Site", "discover", "quietly"]
+__all__ = ["Flat", "Given", "Layout", "Site", "discover", "enumerated", "quietly"]
 
 _LOCK = threading.RLock()
 _RADIUS = 2.0
@@ -123,6 +124,23 @@ class Flat(Messenger):  # type: ignore[misc]
         msg["value"] = transform(raw)
         msg["done"] = True
         self.log_det = self.log_det + transform.log_abs_det_jacobian(raw, msg["value"]).sum()
+
+
+class Given(Messenger):  # type: ignore[misc]
+    """Feed the latents of a program with constrained values, one after the other in a vector."""
+
+    def __init__(self, sites: tuple[Site, ...], vector: Tensor) -> None:
+        super().__init__()
+        sizes = [math.prod(site.shape) for site in sites]
+        self.values = {
+            site.name: part.reshape(site.shape)
+            for site, part in zip(sites, vector.split(sizes), strict=True)
+        }
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if msg["name"] in self.values:
+            msg["value"] = self.values[msg["name"]]
+            msg["done"] = True
 
 
 def _is_plate(msg: dict[str, Any]) -> bool:

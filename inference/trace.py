@@ -9,6 +9,7 @@ Discrete latents are summed out. After tracing no Python of Pyro runs in any inn
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from torch import Tensor, fx
 
 from bayesgen.inference.complaints import ProgramError, user_line
 from bayesgen.inference.graph import capture, compile_graph, simplify
-from bayesgen.inference.sites import Flat, Layout, discover, enumerated, quietly
+from bayesgen.inference.sites import Flat, Given, Layout, discover, enumerated, quietly
 
 __all__ = ["Density", "trace"]
 
@@ -90,17 +91,29 @@ class Density:
         """Sites and deterministic values ``(*lead, *shape)`` of vectors ``(*lead, D)``."""
         return self._mapped(_values, vectors)
 
-    def log_likelihood(self, vectors: Tensor) -> dict[str, Tensor]:
-        """Log density of every observed value by site, ``(*lead, *rows)``; discrete latents summed out."""
-        return self._mapped(_pointwise, vectors)
+    def log_likelihood(self, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Log density of the observed values by site, ``(*lead, *rows)``; discrete latents summed out.
+
+        Args:
+            draws: Constrained values ``(*lead, *shape)`` of at least the latent sites.
+        """
+        return self._mapped(_pointwise, self._joined(draws))
+
+    def _joined(self, draws: Mapping[str, Tensor]) -> Tensor:
+        """Constrained draws, one after the other: ``(*lead, sum of sizes)``."""
+        parts = []
+        for site in self.layout.sites:
+            value = draws[site.name]
+            parts.append(value.reshape(*value.shape[: value.ndim - len(site.shape)], -1))
+        return torch.cat(parts, -1).to(self.layout.dtype)
 
     def _mapped(
         self, function: Callable[[Layout, Tensor], dict[str, Tensor]], vectors: Tensor
     ) -> dict[str, Tensor]:
         lead = vectors.shape[:-1]
-        flat = vectors.reshape(-1, self.num_params)
-        call = self._graph_of(function)
-        size = max(1, sum(v.numel() for v in call(flat[0]).values()) + self.num_params)
+        flat = vectors.reshape(-1, vectors.shape[-1])
+        call = self._graph_of(function, flat[0].contiguous())
+        size = max(1, sum(v.numel() for v in call(flat[0]).values()) + flat.shape[-1])
         many = torch.func.vmap(call) if self.is_traced else None
         parts: list[dict[str, Tensor]] = []
         with torch.no_grad():
@@ -114,11 +127,10 @@ class Density:
         return {name: value.reshape(*lead, *value.shape[1:]) for name, value in joined.items()}
 
     def _graph_of(
-        self, function: Callable[[Layout, Tensor], dict[str, Tensor]]
+        self, function: Callable[[Layout, Tensor], dict[str, Tensor]], example: Tensor
     ) -> Callable[[Tensor], dict[str, Tensor]]:
         if self.single is None:
             return lambda vector: function(self.layout, vector)
-        example = self._points(1)[0]
         names: list[str] = []
 
         def values(vector: Tensor) -> tuple[Tensor, ...]:
@@ -132,6 +144,17 @@ class Density:
     def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
         """The vector ``(D,)`` of one value for each latent site."""
         return _unconstrain(self.layout, values)
+
+    def fingerprint(self) -> str:
+        """A hash of the traced graph and its constants; of the names of the sites without a trace."""
+        digest = hashlib.sha256(repr(self.layout.sites).encode())
+        if self.single is not None:
+            digest.update(self.single.code.encode())
+            for name, value in sorted(self.single.named_buffers()):
+                digest.update(name.encode())
+                flat = value.detach().cpu().contiguous().reshape(-1)
+                digest.update(flat.view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     # ------------------------------------------------------------ blame
     def terms(self, vector: Tensor) -> dict[str, float]:
@@ -241,17 +264,18 @@ def _value_and_grad(layout: Layout, vector: Tensor) -> tuple[Tensor, Tensor]:
 
 def _values(layout: Layout, vector: Tensor) -> dict[str, Tensor]:
     with quietly(layout.dtype), Flat(layout.sites, vector):
-        run = layout.run if not layout.enumerated else _conditioned(layout)
+        run = enumerated(layout) if layout.enumerated else layout.run
         nodes = poutine.trace(run).get_trace().nodes
-    return {name: nodes[name]["value"].clone() for name in layout.dims if name in nodes}
-
-
-def _conditioned(layout: Layout) -> Callable[[], Any]:
-    return enumerated(layout)
+    # A deterministic value of an enumerated latent has one more dimension, and no value of its own.
+    return {
+        name: nodes[name]["value"].clone()
+        for name, dims in layout.dims.items()
+        if nodes[name]["value"].ndim == len(dims)
+    }
 
 
 def _pointwise(layout: Layout, vector: Tensor) -> dict[str, Tensor]:
-    with quietly(layout.dtype), Flat(layout.sites, vector):
+    with quietly(layout.dtype), Given(layout.sites, vector):
         run = enumerated(layout) if layout.enumerated else layout.run
         nodes = poutine.trace(run).get_trace()
     if layout.enumerated:
