@@ -124,7 +124,7 @@ class Density:
                     rows = [call(row) for row in chunk]
                     parts.append({k: torch.stack([r[k] for r in rows]) for k in rows[0]})
         joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        return {name: value.reshape(*lead, *value.shape[1:]) for name, value in joined.items()}
+        return {name: value.reshape((*lead, *value.shape[1:])) for name, value in joined.items()}
 
     def _graph_of(
         self, function: Callable[[Layout, Tensor], dict[str, Tensor]], example: Tensor
