@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
+from torch.distributions import biject_to, constraints
 
-__all__ = ["check_site", "check_trace", "explained", "user_line"]
+import bayesgen
+
+__all__ = ["bijection", "check_site", "check_trace", "explained", "user_line"]
 
 
 class ProgramError(ValueError):
@@ -26,6 +32,22 @@ def check_site(msg: Mapping[str, Any]) -> None:
             f"along a gradient nor summed out. Observe it (obs=...), marginalise it by hand (Gamma-Poisson "
             f"is a NegativeBinomial), or bound it with a Categorical."
         )
+
+
+def bijection(law: Any, name: str = "") -> Any:
+    """The map from all real numbers onto the support of a distribution."""
+    support = law.support
+    if isinstance(support, constraints.MixtureSameFamilyConstraint):
+        support = support.base_constraint
+    try:
+        return biject_to(support)
+    except NotImplementedError:
+        raise ProgramError(
+            f"site '{name}' is a latent {_kind(law)} on {support}, onto which no smooth one-to-one map from the "
+            f"real numbers is known. Sample a Cholesky factor instead (dist.LKJCholesky, "
+            f"bayesgen.distributions.InverseWishartCholesky) or register one with "
+            f"torch.distributions.biject_to.register."
+        ) from None
 
 
 def check_trace(trace: Any, latents: Mapping[str, Any]) -> tuple[str, ...]:
@@ -152,7 +174,7 @@ def user_line(error: BaseException) -> str:
     found, tb = "", error.__traceback__
     while tb is not None:
         name = tb.tb_frame.f_code.co_filename
-        if not any(part in name for part in _FOREIGN) and not name.startswith("<"):
+        if not name.startswith(_FOREIGN):
             source = linecache.getline(name, tb.tb_lineno).strip()
             found = f"{name.rsplit('/', 1)[-1]}:{tb.tb_lineno}: {source}"
         tb = tb.tb_next
@@ -160,11 +182,9 @@ def user_line(error: BaseException) -> str:
 
 
 _FOREIGN = (
-    "/torch/",
-    "/pyro/",
-    "/bayesgen/",
-    "/inference/",
-    "/models/",
-    "contextlib.py",
-    "/_pytest/",
+    "<",
+    *(str(Path(m.__file__ or "").resolve().parent) for m in (torch, pyro, bayesgen)),
+    str(Path(__file__).resolve().parent),  # behind the symbolic link
+    str(Path(bayesgen.__file__).parent),
+    contextlib.__file__,
 )

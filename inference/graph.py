@@ -59,6 +59,8 @@ def simplify(graph: fx.GraphModule, *example: Tensor) -> fx.GraphModule:
     graph.graph.eliminate_dead_code()
     values = _evaluate(graph, example)
     _fold(graph, values)
+    _values_of_max(graph, values)
+    _log_sigmoid(graph, values)
     _drop(graph, values)
     _share(graph)
     graph.graph.eliminate_dead_code()
@@ -102,11 +104,21 @@ def _fold(graph: fx.GraphModule, values: dict[fx.Node, Any]) -> None:
         if all(user in fixed for user in node.users) or value.numel() > _MAX_FOLDED:
             continue
         name = f"_folded_{index}"
-        graph.register_buffer(name, value.detach().clone())
+        graph.register_buffer(name, _copied(value))
         with graph.graph.inserting_before(node):
             constant = graph.graph.get_attr(name)
         values[constant] = value
         node.replace_all_uses_with(constant)
+
+
+def _copied(value: Tensor) -> Tensor:
+    """A copy of the same strides: ``clone`` would fill in what ``expand`` had repeated."""
+    value = value.detach()
+    repeated = [k for k in range(value.ndim) if value.stride(k) == 0 and value.shape[k] > 1]
+    small = value
+    for k in repeated:
+        small = small.narrow(k, 0, 1)
+    return small.clone().expand(value.shape)
 
 
 def _drop(graph: fx.GraphModule, values: dict[fx.Node, Any]) -> None:
@@ -123,7 +135,7 @@ def _drop(graph: fx.GraphModule, values: dict[fx.Node, Any]) -> None:
 def _equivalent(node: fx.Node, values: dict[fx.Node, Any]) -> fx.Node | None:
     args = node.args
     first = args[0] if args and isinstance(args[0], fx.Node) else None
-    if first is not None and node.target in _SAME:
+    if first is not None and node.target in _SAME and _alike(values, node, first):
         return first
     if first is not None and node.target in _RESHAPES and _alike(values, node, first):
         return first
@@ -137,6 +149,8 @@ def _equivalent(node: fx.Node, values: dict[fx.Node, Any]) -> fx.Node | None:
                     return inner
     if node.target in (_aten.add.Tensor, _aten.sub.Tensor) and len(args) == 2 and not node.kwargs:
         return _neutral(node, values, 0.0, node.target is _aten.add.Tensor)
+    if node.target is _aten.pow.Tensor_Scalar and args[1] == 1:
+        return first
     if node.target is _aten.mul.Tensor:
         return _neutral(node, values, 1.0, True)
     if node.target is _aten.div.Tensor and len(args) == 2 and not node.kwargs:
@@ -172,7 +186,47 @@ def _alike(values: dict[fx.Node, Any], one: fx.Node, other: fx.Node) -> bool:
         and left.shape == right.shape
         and left.dtype == right.dtype
         and left.device == right.device
+        and left.stride() == right.stride()  # a view further down may depend on it
     )
+
+
+def _values_of_max(graph: fx.GraphModule, values: dict[fx.Node, Any]) -> None:
+    """``max(x, dim)`` of which no index is used becomes ``amax``, which vmap has a rule for."""
+    for node in list(graph.graph.nodes):
+        if node.target is not _aten.max.dim or any(u.args[1] != 0 for u in node.users):
+            continue
+        with graph.graph.inserting_before(node):
+            rest = node.args[2:]
+            new = graph.graph.call_function(
+                _aten.amax.default, (node.args[0], [node.args[1]], *rest)
+            )
+        values[new] = values[node][0]
+        for user in list(node.users):
+            user.replace_all_uses_with(new)
+
+
+def _log_sigmoid(graph: fx.GraphModule, values: dict[fx.Node, Any]) -> None:
+    """Write log-sigmoid by ``logaddexp``: torch's own resizes a buffer under vmap, and warns."""
+    for node in list(graph.graph.nodes):
+        if node.target is _aten.log_sigmoid_forward.default:
+            value = values[node][0]
+            graph.register_buffer(f"_zero_{node.name}", value.new_zeros(()))
+            with graph.graph.inserting_before(node):
+                negative = graph.graph.call_function(_aten.neg.default, (node.args[0],))
+                zero = graph.graph.get_attr(f"_zero_{node.name}")
+                both = graph.graph.call_function(_aten.logaddexp.default, (negative, zero))
+                new = graph.graph.call_function(_aten.neg.default, (both,))
+            values |= {negative: value, both: value, new: value, zero: value.new_zeros(())}
+            for user in list(node.users):
+                if user.args[1] == 0:
+                    user.replace_all_uses_with(new)
+        elif node.target is _aten.log_sigmoid_backward.default:
+            with graph.graph.inserting_before(node):
+                negative = graph.graph.call_function(_aten.neg.default, (node.args[1],))
+                slope = graph.graph.call_function(_aten.sigmoid.default, (negative,))
+                new = graph.graph.call_function(_aten.mul.Tensor, (node.args[0], slope))
+            values |= {negative: values[node], slope: values[node], new: values[node]}
+            node.replace_all_uses_with(new)
 
 
 def _share(graph: fx.GraphModule) -> None:

@@ -15,10 +15,9 @@ from pyro import poutine
 from pyro.infer import config_enumerate
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import biject_to
 
 from bayesgen import rng
-from bayesgen.inference.complaints import check_site, check_trace, explained
+from bayesgen.inference.complaints import bijection, check_site, check_trace, explained
 
 __all__ = ["Flat", "Given", "Layout", "Site", "discover", "enumerated", "quietly"]
 
@@ -95,7 +94,7 @@ class _Start(Messenger):  # type: ignore[misc]
         check_site(msg)
         if not _has_density(law):
             return
-        transform = biject_to(law.support)
+        transform = bijection(law, msg["name"])
         shape = transform.inverse_shape(law.shape())
         raw = torch.rand(shape, generator=self.generator, device=self.generator.device)
         msg["value"] = transform(_RADIUS * (2 * raw - 1))
@@ -111,16 +110,19 @@ class Flat(Messenger):  # type: ignore[misc]
 
     def __init__(self, sites: tuple[Site, ...], vector: Tensor) -> None:
         super().__init__()
-        self.sites = {site.name: site for site in sites}
-        self.vector = vector
+        # One split, whose gradient is one concatenation; slices would cost an addition each.
+        parts = vector.split([site.size for site in sites])
+        self.raw = {
+            site.name: part.reshape(site.unconstrained)
+            for site, part in zip(sites, parts, strict=True)
+        }
         self.log_det: Tensor | float = 0.0
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        site = self.sites.get(msg["name"])
-        if site is None:
+        raw = self.raw.get(msg["name"])
+        if raw is None:
             return
-        transform = biject_to(msg["fn"].support)
-        raw = self.vector[site.start : site.start + site.size].reshape(site.unconstrained)
+        transform = bijection(msg["fn"], msg["name"])
         msg["value"] = transform(raw)
         msg["done"] = True
         self.log_det = self.log_det + transform.log_abs_det_jacobian(raw, msg["value"]).sum()

@@ -20,8 +20,9 @@ from pyro import poutine
 from pyro.infer.mcmc.util import TraceEinsumEvaluator
 from torch import Tensor, fx
 
-from bayesgen.inference.complaints import ProgramError, user_line
+from bayesgen.inference.complaints import ProgramError, bijection, user_line
 from bayesgen.inference.graph import capture, compile_graph, simplify
+from bayesgen.inference.marginal import pointwise
 from bayesgen.inference.sites import Flat, Given, Layout, discover, enumerated, quietly
 
 __all__ = ["Density", "trace"]
@@ -206,12 +207,28 @@ def trace(
     try:
         example = density._points(1)[0]
         graph = capture(lambda vector: _value_and_grad(layout, vector), example)
+        if _is_random(graph):
+            return Density(layout, None, _RANDOM)
         single = simplify(graph, example)
     except Exception as error:  # noqa: BLE001 - whatever stops a trace, Pyro itself can still run
         return Density(layout, None, _why(error))
     found = Density(layout, single, notes={"trace_seconds": time.perf_counter() - start})
     problem = _disagreement(found)
     return Density(layout, None, problem) if problem else found
+
+
+_RANDOM = (
+    "the program draws random numbers of its own, or branches on a value, and is no fixed density: the "
+    "traced program disagrees with Pyro. It runs by Pyro's own Python, many times slower. Make every random "
+    "number a pyro.sample site."
+)
+
+
+def _is_random(graph: fx.GraphModule) -> bool:
+    return any(
+        torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        for node in graph.graph.nodes
+    )
 
 
 def _why(error: Exception) -> str:
@@ -234,10 +251,7 @@ def _disagreement(density: Density) -> str:
     if values.dtype == torch.float32:
         off = (values - wanted).abs() > 1e-3 * (1 + wanted.abs())
     if bool((off & values.isfinite() & wanted.isfinite()).any()):
-        return (
-            "the traced program disagrees with Pyro: it draws random numbers of its own, or branches "
-            "on a value. It runs by Pyro's own Python, many times slower."
-        )
+        return _RANDOM
     return ""
 
 
@@ -258,6 +272,8 @@ def _value_and_grad(layout: Layout, vector: Tensor) -> tuple[Tensor, Tensor]:
     leaf = vector.detach().requires_grad_(True)
     with torch.enable_grad():
         value = _log_density(layout, leaf)
+        if not value.requires_grad:  # flat everywhere
+            return value, torch.zeros_like(leaf)
         (gradient,) = torch.autograd.grad(value, leaf)
     return value.detach(), gradient
 
@@ -278,19 +294,15 @@ def _pointwise(layout: Layout, vector: Tensor) -> dict[str, Tensor]:
     with quietly(layout.dtype), Given(layout.sites, vector):
         run = enumerated(layout) if layout.enumerated else layout.run
         nodes = poutine.trace(run).get_trace()
-    if layout.enumerated:
-        from bayesgen.inference.marginal import pointwise
-
-        return pointwise(layout, nodes)
-    return {
-        name: nodes.nodes[name]["fn"].log_prob(nodes.nodes[name]["value"])
-        for name in layout.observed
-    }
+        if layout.enumerated:
+            return pointwise(layout, nodes)
+        return {
+            name: nodes.nodes[name]["fn"].log_prob(nodes.nodes[name]["value"])
+            for name in layout.observed
+        }
 
 
 def _unconstrain(layout: Layout, values: Mapping[str, Tensor]) -> Tensor:
-    from torch.distributions import biject_to
-
     parts = []
     with quietly(layout.dtype), torch.no_grad():
         run = poutine.condition(layout.run, data=dict(values))
@@ -300,6 +312,6 @@ def _unconstrain(layout: Layout, values: Mapping[str, Tensor]) -> Tensor:
             raise ProgramError(
                 f"values lack the site '{site.name}'; give {[s.name for s in layout.sites]}."
             )
-        transform = biject_to(nodes[site.name]["fn"].support)
+        transform = bijection(nodes[site.name]["fn"], site.name)
         parts.append(transform.inv(nodes[site.name]["value"]).reshape(-1))
     return torch.cat(parts).to(layout.dtype)
