@@ -15,7 +15,7 @@ from torch.distributions import biject_to, constraints
 
 import bayesgen
 
-__all__ = ["bijection", "check_site", "check_trace", "explained", "user_line"]
+__all__ = ["ProgramError", "bijection", "check_site", "check_trace", "explained", "user_line"]
 
 
 class ProgramError(ValueError):
@@ -146,8 +146,9 @@ def explained() -> Iterator[None]:
     """Turn Pyro's own complaints into ones that name the site, the line and the cure."""
     try:
         yield
-    except ProgramError:
-        raise
+    except ProgramError as error:
+        # Pyro appends the shapes of the trace to whatever passes through it.
+        raise ProgramError(str(error).split("\nTrace Shapes")[0].rstrip()) from None
     except (RuntimeError, ValueError, NotImplementedError, IndexError, TypeError) as error:
         raise ProgramError(_explain(error)) from error
 

@@ -75,8 +75,9 @@ class Density:
             return self._by_pyro
         # Points that differ: a graph of equal ones could fold what differs between chains.
         example = self._points(num_chains)
-        graph = capture(torch.func.vmap(self.single), example)
-        return simplify(graph, example)
+        with quietly(self.layout.dtype):
+            graph = capture(torch.func.vmap(self.single), example)
+            return simplify(graph, example)
 
     def _points(self, count: int) -> Tensor:
         layout = self.layout
@@ -139,7 +140,8 @@ class Density:
             names[:] = list(found)
             return tuple(found.values())
 
-        graph = simplify(capture(values, example), example)
+        with quietly(self.layout.dtype):
+            graph = simplify(capture(values, example), example)
         return lambda vector: dict(zip(names, graph(vector), strict=True))
 
     def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
@@ -165,7 +167,7 @@ class Density:
             nodes = poutine.trace(layout.run).get_trace()
         found = {}
         for name, node in nodes.nodes.items():
-            if node["type"] == "sample" and (name in layout.observed or name in layout.dims):
+            if node["type"] == "sample" and not poutine.util.site_is_subsample(node):
                 found[name] = float(node["fn"].log_prob(node["value"]).sum())
         return found
 
@@ -206,10 +208,12 @@ def trace(
     start = time.perf_counter()
     try:
         example = density._points(1)[0]
-        graph = capture(lambda vector: _value_and_grad(layout, vector), example)
-        if _is_random(graph):
-            return Density(layout, None, _RANDOM)
-        single = simplify(graph, example)
+        # Folded under the program's default dtype: a graph may hold factories that name none.
+        with quietly(dtype):
+            graph = capture(lambda vector: _value_and_grad(layout, vector), example)
+            if _is_random(graph):
+                return Density(layout, None, _RANDOM)
+            single = simplify(graph, example)
     except Exception as error:  # noqa: BLE001 - whatever stops a trace, Pyro itself can still run
         return Density(layout, None, _why(error))
     found = Density(layout, single, notes={"trace_seconds": time.perf_counter() - start})
