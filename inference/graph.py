@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import (
+    disable_proxy_modes_tracing,
+    get_proxy_mode,
+    get_proxy_slot,
+    make_fx,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 __all__ = ["capture", "compile_graph", "simplify"]
 
@@ -40,8 +47,45 @@ _RESHAPES = {
 _MAX_FOLDED = 2**22  # elements: larger constants are cheaper to compute than to hold
 
 
-def capture(function: Callable[..., Any], *example: Tensor) -> fx.GraphModule:
-    """Trace ``function`` at ``example`` into a graph of tensor operations without side effects."""
+class _DataApart(TorchDispatchMode):
+    """While tracing, compute what depends on data alone at once, so that code may branch on it.
+
+    Only operations on existing tensors without side effects: a fresh tensor may yet be written into.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        mode = get_proxy_mode()
+        if mode is None or func._schema.is_mutable:
+            return func(*args, **kwargs)
+        tensors = [v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
+        known = [get_proxy_slot(v, mode.tracer, None) is not None for v in tensors]
+        if not tensors or any(known):
+            return func(*args, **kwargs)
+        with disable_proxy_modes_tracing():
+            return func(*args, **kwargs)
+
+
+def capture(
+    function: Callable[..., Any], *example: Tensor, data_apart: bool = False
+) -> fx.GraphModule:
+    """Trace ``function`` at ``example`` into a graph of tensor operations without side effects.
+
+    Args:
+        function: Of tensors, to tensors.
+        example: Its arguments.
+        data_apart: Whether what depends on no argument is computed at once; code may then branch on
+            it. Check the result: a tensor of data that is written into later is not followed.
+    """
+    if data_apart:
+        inner = function
+
+        def function(*values: Tensor) -> Any:
+            with _DataApart():
+                return inner(*values)
+
     with torch.no_grad():
         # Twice: gradients taken by torch.autograd.grad cannot be functionalised in the same pass.
         graph = make_fx(function)(*example)

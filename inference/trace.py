@@ -206,19 +206,30 @@ def trace(
     if not traced:
         return Density(layout, None, "tracing was switched off")
     start = time.perf_counter()
-    try:
-        example = density._points(1)[0]
-        # Folded under the program's default dtype: a graph may hold factories that name none.
-        with quietly(dtype):
-            graph = capture(lambda vector: _value_and_grad(layout, vector), example)
-            if _is_random(graph):
-                return Density(layout, None, _RANDOM)
-            single = simplify(graph, example)
-    except Exception as error:  # noqa: BLE001 - whatever stops a trace, Pyro itself can still run
-        return Density(layout, None, _why(error))
-    found = Density(layout, single, notes={"trace_seconds": time.perf_counter() - start})
-    problem = _disagreement(found)
-    return Density(layout, None, problem) if problem else found
+    message = ""
+    for data_apart in (False, True):
+        try:
+            single = _single(layout, density._points(1)[0], data_apart)
+        except Exception as error:  # noqa: BLE001 - whatever stops a trace, Pyro itself can still run
+            message = message or _why(error)
+            continue
+        if single is None:
+            return Density(layout, None, _RANDOM)
+        found = Density(layout, single, notes={"trace_seconds": time.perf_counter() - start})
+        if _agrees(found):
+            return found
+        message = message or _RANDOM
+    return Density(layout, None, message)
+
+
+def _single(layout: Layout, example: Tensor, data_apart: bool) -> fx.GraphModule | None:
+    """The graph of one vector; None if it draws random numbers."""
+    # Folded under the program's default dtype: a graph may hold factories that name none.
+    with quietly(layout.dtype):
+        graph = capture(
+            lambda vector: _value_and_grad(layout, vector), example, data_apart=data_apart
+        )
+        return None if _is_random(graph) else simplify(graph, example)
 
 
 _RANDOM = (
@@ -245,18 +256,15 @@ def _why(error: Exception) -> str:
     )
 
 
-def _disagreement(density: Density) -> str:
+def _agrees(density: Density) -> bool:
     """A trace that holds numbers of its own (random or chosen by a branch) differs from Pyro."""
     points = density._points(3)[1:]
     values, _ = density.value_and_grad(points)
     with torch.no_grad():
         wanted = torch.stack([density.pyro_log_prob(point) for point in points])
-    off = (values - wanted).abs() > 1e-6 * (1 + wanted.abs())
-    if values.dtype == torch.float32:
-        off = (values - wanted).abs() > 1e-3 * (1 + wanted.abs())
-    if bool((off & values.isfinite() & wanted.isfinite()).any()):
-        return _RANDOM
-    return ""
+    tolerance = 1e-3 if values.dtype == torch.float32 else 1e-6
+    off = (values - wanted).abs() > tolerance * (1 + wanted.abs())
+    return not bool((off & values.isfinite() & wanted.isfinite()).any())
 
 
 # ---------------------------------------------------------------- one vector
