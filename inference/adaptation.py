@@ -9,7 +9,8 @@ the posterior and a normal one with that variance.
 
 References:
     Hoffman, Gelman (2014). The no-U-turn sampler, section 3.2.
-    Seyboldt, Carlson, Carpenter (2026). Preconditioning Hamiltonian Monte Carlo by minimizing Fisher divergence.
+    Seyboldt, Carlson, Carpenter (2026). Preconditioning Hamiltonian Monte Carlo by minimizing
+    Fisher divergence.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ __all__ = ["Adaptation", "Moments", "StepSize", "first_step_size", "start_adapta
 
 Gradient = Callable[[Tensor], tuple[Tensor, Tensor]]
 
-_GAMMA, _T0, _KAPPA = 0.05, 10.0, 0.75
+_GAMMA, _T0 = 0.05, 10.0
 _EARLY, _FINAL = 0.3, 0.85  # shares of the warm-up: short windows until, step size alone from
 _SHORT, _LONG = 10, 60  # draws of a chain in a window
 _FLOOR, _CEILING = 1e-20, 1e20
@@ -37,8 +38,10 @@ class StepSize(NamedTuple):
     log_step: float
     log_average: float
     error: float
-    count: int
+    number: int
     centre: float
+    averaged: int = 0
+    """Steps in the average."""
 
     @classmethod
     def at(cls, step_size: float) -> StepSize:
@@ -47,19 +50,19 @@ class StepSize(NamedTuple):
 
     def update(self, acceptance: float, target: float) -> StepSize:
         """After trajectories of a mean acceptance rate."""
-        count = self.count + 1
-        weight = 1.0 / (count + _T0)
+        number = self.number + 1
+        weight = 1.0 / (number + _T0)
         error = (1 - weight) * self.error + weight * (target - acceptance)
-        log_step = self.centre - math.sqrt(count) / _GAMMA * error
-        share = count**-_KAPPA
-        average = share * log_step + (1 - share) * self.log_average
-        return StepSize(log_step, average, error, count, self.centre)
+        log_step = self.centre - math.sqrt(number) / _GAMMA * error
+        averaged = self.averaged + 1
+        average = self.log_average + (log_step - self.log_average) / averaged
+        return StepSize(log_step, average, error, number, self.centre, averaged)
 
 
 class Moments(NamedTuple):
     """Running mean and sum of squares of positions and gradients, ``(2, D)``."""
 
-    count: int
+    number: int
     mean: Tensor
     squares: Tensor
 
@@ -71,17 +74,17 @@ class Moments(NamedTuple):
 
     def add(self, pairs: Tensor) -> Moments:
         """With ``pairs (m, 2, D)`` of position and gradient, merged by Chan's formula."""
-        number = pairs.shape[0]
-        if number == 0:
+        new = pairs.shape[0]
+        if new == 0:
             return self
-        count = self.count + number
+        number = self.number + new
         mean = pairs.mean(0)
         gap = mean - self.mean
         squares = self.squares + (pairs - mean).square().sum(0)
         return Moments(
-            count,
-            self.mean + gap * (number / count),
-            squares + gap.square() * (self.count * number / count),
+            number,
+            self.mean + gap * (new / number),
+            squares + gap.square() * (self.number * new / number),
         )
 
     def variance(self) -> Tensor:
@@ -116,9 +119,8 @@ class Adaptation(NamedTuple):
         step_size = self.step_size.update(acceptance, target)
         if tick >= _FINAL * num_warmup:
             if self.tick < _FINAL * num_warmup:
-                step_size = StepSize.at(math.exp(step_size.log_step))._replace(
-                    centre=step_size.log_step
-                )
+                # A plain mean of what follows: restarting dual averaging would swing anew.
+                step_size = step_size._replace(averaged=1, log_average=step_size.log_step)
             return self._replace(tick=tick, step_size=step_size)
         finite = pairs[pairs.isfinite().flatten(1).all(1)]
         window, following = self.window.add(finite), self.next_window.add(finite)
@@ -126,12 +128,12 @@ class Adaptation(NamedTuple):
         early = tick < _EARLY * num_warmup
         if since >= (_SHORT if early else _LONG):
             window, following, since = following, Moments.empty(self.inverse_mass), 0
-        mass = window.variance() if window.count >= 10 else self.inverse_mass
+        mass = window.variance() if window.number >= 10 else self.inverse_mass
         return Adaptation(tick, step_size, mass, window, following, since)
 
     def current(self, num_warmup: int) -> float:
         """The step size to use now: the last one in warm-up, the averaged one after it."""
-        done = self.tick >= num_warmup and self.step_size.count > 0
+        done = self.tick >= num_warmup and self.step_size.number > 0
         return math.exp(self.step_size.log_average if done else self.step_size.log_step)
 
 
@@ -143,7 +145,7 @@ def start_adaptation(position: Tensor, gradient: Tensor, step_size: float) -> Ad
 
 
 def first_inverse_mass(gradient: Tensor) -> Tensor:
-    """``1 / |gradient|`` over chains ``(c, D)``: the geometric middle of nothing known and a normal."""
+    """``1 / |gradient|`` over chains ``(c, D)``: between knowing nothing and a normal."""
     size = gradient.square().mean(0).sqrt()
     return torch.where(size > 0, 1.0 / size, 1.0).clamp(1e-10, 1e10)
 

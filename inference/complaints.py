@@ -28,8 +28,10 @@ def check_site(msg: Mapping[str, Any]) -> None:
     kind = _kind(law)
     if law.support.is_discrete and not law.has_enumerate_support:
         raise ProgramError(
-            f"site '{name}' is a latent {kind}: discrete with endless values, so it can be neither moved "
-            f"along a gradient nor summed out. Observe it (obs=...), marginalise it by hand (Gamma-Poisson "
+            f"site '{name}' is a latent {kind}: discrete with endless values, so it can be "
+            f"neither moved "
+            f"along a gradient nor summed out. Observe it (obs=...), marginalise it by hand "
+            f"(Gamma-Poisson "
             f"is a NegativeBinomial), or bound it with a Categorical."
         )
 
@@ -43,7 +45,8 @@ def bijection(law: Any, name: str = "") -> Any:
         return biject_to(support)
     except NotImplementedError:
         raise ProgramError(
-            f"site '{name}' is a latent {_kind(law)} on {support}, onto which no smooth one-to-one map from the "
+            f"site '{name}' is a latent {_kind(law)} on {support}, onto which no smooth "
+            f"one-to-one map from the "
             f"real numbers is known. Sample a Cholesky factor instead (dist.LKJCholesky, "
             f"bayesgen.distributions.InverseWishartCholesky) or register one with "
             f"torch.distributions.biject_to.register."
@@ -57,8 +60,10 @@ def check_trace(trace: Any, latents: Mapping[str, Any]) -> tuple[str, ...]:
     for node in trace.nodes.values():
         if node["type"] == "param":
             raise ProgramError(
-                f"pyro.param '{node['name']}' in the model: a sampler draws from a posterior and does not "
-                f"optimise. Give it a prior with pyro.sample('{node['name']}', ...), or pass a fixed tensor."
+                f"pyro.param '{node['name']}' in the model: a sampler draws from a posterior and "
+                f"does not "
+                f"optimise. Give it a prior with pyro.sample('{node['name']}', ...), or pass a "
+                f"fixed tensor."
             )
     for node in nodes:
         if poutine.util.site_is_subsample(node):
@@ -67,8 +72,10 @@ def check_trace(trace: Any, latents: Mapping[str, Any]) -> tuple[str, ...]:
             _check_observed(node)
     if not latents:
         raise ProgramError(
-            "the program has no continuous latent site: every pyro.sample is observed or discrete, so "
-            "there is nothing to sample. Give a parameter a prior, such as pyro.sample('loc', Normal(0, 1))."
+            "the program has no continuous latent site: every pyro.sample is observed or "
+            "discrete, so "
+            "there is nothing to sample. Give a parameter a prior, such as pyro.sample('loc', "
+            "Normal(0, 1))."
         )
     if not any(n["is_observed"] and not n["infer"].get("_deterministic") for n in nodes):
         notes.append("no site is observed (obs=...): the draws come from the prior.")
@@ -82,7 +89,8 @@ def _check_plate(node: Mapping[str, Any]) -> None:
     size, part = law.size, law.subsample_size
     if part is not None and part < size:
         raise ProgramError(
-            f"plate '{node['name']}' takes a random subsample of {part} of its {size} rows, and a sampler "
+            f"plate '{node['name']}' takes a random subsample of {part} of its {size} rows, and "
+            f"a sampler "
             f"needs them all. Leave out subsample_size, or fit by SVI."
         )
 
@@ -96,17 +104,24 @@ def _check_observed(node: Mapping[str, Any]) -> None:
     if value.is_floating_point() and bool(value.isnan().any()):
         count = int(value.isnan().sum())
         raise ProgramError(
-            f"site '{name}': {count} of {value.numel()} observed values are NaN. Drop those rows, or make "
+            f"site '{name}': {count} of {value.numel()} observed values are NaN. Drop those "
+            f"rows, or make "
             f"them latent with pyro.sample(..., obs=values, obs_mask=~missing)."
         )
     shape = law.shape()
-    if len(shape) and value.ndim and torch.broadcast_shapes(shape, value.shape) not in (
-        shape,
-        value.shape,
+    if (
+        len(shape)
+        and value.ndim
+        and torch.broadcast_shapes(shape, value.shape)
+        not in (
+            shape,
+            value.shape,
+        )
     ):
         raise ProgramError(
             f"site '{name}': the distribution has shape {tuple(shape)} and the observed values "
-            f"{tuple(value.shape)}, which broadcast to a third shape and so count values several times. "
+            f"{tuple(value.shape)}, which broadcast to a third shape and so count values several "
+            f"times. "
             f"Reshape one, for example values.squeeze(-1)."
         )
     try:
@@ -116,8 +131,10 @@ def _check_observed(node: Mapping[str, Any]) -> None:
     if not bool(inside.all()):
         count = int((~inside).sum())
         raise ProgramError(
-            f"site '{name}': {count} of {inside.numel()} observed values lie outside the support of "
-            f"{_kind(law)}, {law.support}. Transform the data, or choose a distribution that allows them."
+            f"site '{name}': {count} of {inside.numel()} observed values lie outside the support "
+            f"of "
+            f"{_kind(law)}, {law.support}. Transform the data, or choose a distribution that "
+            f"allows them."
         )
 
 
@@ -160,7 +177,8 @@ def _explain(error: BaseException) -> str:
     if "Multiple sample sites named" in text or "collides with" in text:
         name = text.split("'")[1] if "'" in text else "?"
         return (
-            f"the site name '{name}' is used twice{at}: every pyro.sample needs its own name. In a Python "
+            f"the site name '{name}' is used twice{at}: every pyro.sample needs its own name. In "
+            f"a Python "
             f"loop write f'{name}_{{i}}', or use a pyro.plate."
         )
     if "Shape mismatch inside plate" in text or "invalid log_prob shape" in text:

@@ -50,7 +50,8 @@ _MAX_FOLDED = 2**22  # elements: larger constants are cheaper to compute than to
 class _DataApart(TorchDispatchMode):
     """While tracing, compute what depends on data alone at once, so that code may branch on it.
 
-    Only operations on existing tensors without side effects: a fresh tensor may yet be written into.
+    Only operations on existing tensors without side effects: a fresh tensor may yet be written
+    into.
     """
 
     def __torch_dispatch__(
@@ -76,7 +77,8 @@ def capture(
     Args:
         function: Of tensors, to tensors.
         example: Its arguments.
-        data_apart: Whether what depends on no argument is computed at once; code may then branch on
+        data_apart: Whether what depends on no argument is computed at once; code may then branch
+        on
             it. Check the result: a tensor of data that is written into later is not followed.
     """
     if data_apart:
@@ -185,11 +187,12 @@ def _equivalent(node: fx.Node, values: dict[fx.Node, Any]) -> fx.Node | None:
         return first
     if first is not None and node.target is _aten.sum.dim_IntList:
         # sum over a dimension of size one, put there by an unsqueeze
-        if first.target is _aten.unsqueeze.default and isinstance(first.args[0], fx.Node):
-            inner = first.args[0]
-            if _alike(values, node, inner) and len(args) == 2 and len(args[1]) == 1:  # type: ignore[arg-type]
-                axis, size = args[1][0], values[first].ndim  # type: ignore[index]
-                if axis % size == first.args[1] % size:  # type: ignore[operator]
+        inner, axes = first.args[0], tuple(args[1] or ())  # type: ignore[arg-type]
+        if first.target is _aten.unsqueeze.default and isinstance(inner, fx.Node):
+            size, axis = values[first].ndim, first.args[1]
+            # Of one size: both are the dimension that the unsqueeze put there.
+            if _alike(values, node, inner) and len(axes) == 1 and len(args) == 2:
+                if axes[0] % size == axis % size:
                     return inner
     if node.target in (_aten.add.Tensor, _aten.sub.Tensor) and len(args) == 2 and not node.kwargs:
         return _neutral(node, values, 0.0, node.target is _aten.add.Tensor)

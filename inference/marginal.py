@@ -18,7 +18,8 @@ __all__ = ["pointwise"]
 def pointwise(layout: Layout, trace: Any) -> dict[str, Tensor]:
     """One entry, named after the observed sites, of shape ``(rows,)``, or ``()`` for one sequence.
 
-    Observed sites and the discrete ones are summed out plate by plate; sites that share a plate are
+    Observed sites and the discrete ones are summed out plate by plate; sites that share a plate
+    are
     one row together. A latent outside the rows' plates couples them, and then all are one row.
     """
     evaluator = TraceEinsumEvaluator(trace, True, layout.max_plate_nesting)

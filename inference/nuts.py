@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bayesgen import rng
-from bayesgen.capabilities import Conjugate, Model, Program, require
+from bayesgen.capabilities import Conjugate, Model, Program
 from bayesgen.inference.adaptation import (
     Adaptation,
     Moments,
@@ -68,23 +67,28 @@ class NUTS(Engine[NutsState]):
     r"""The no-U-turn sampler on a traced program, all chains in one batch.
 
     Hamiltonian trajectories double until they turn back; a draw is taken from the whole trajectory
-    with multinomial weights :math:`\exp(H_0 - H)`, biased towards its last doubling. One call moves
+    with multinomial weights :math:`\exp(H_0 - H)`, biased towards its last doubling. One call
+    moves
     every chain by one leapfrog step wherever it stands in its own tree, and chains share one
     adaptation of step size and mass matrix.
 
     References:
-        Hoffman & Gelman (2014). The no-U-turn sampler: adaptively setting path lengths in Hamiltonian
+        Hoffman & Gelman (2014). The no-U-turn sampler: adaptively setting path lengths in
+        Hamiltonian
         Monte Carlo.
         Betancourt (2017). A conceptual introduction to Hamiltonian Monte Carlo.
-        Phan, Pradhan & Jankowiak (2019). Composable effects for flexible and accelerated probabilistic
+        Phan, Pradhan & Jankowiak (2019). Composable effects for flexible and accelerated
+        probabilistic
         programming in NumPyro.
         Dance, Glaser, Orbanz & Adams (2025). Efficiently vectorized MCMC on modern accelerators.
 
     Args:
         num_chains: Chains, started from different points.
         num_samples: Draws kept of each chain.
-        num_warmup: Trajectories of each chain, on average, that adapt the sampler and are not kept.
-        target_accept: Mean acceptance rate that the step size is adapted to; nearer one, smaller steps.
+        num_warmup: Trajectories of each chain, on average, that adapt the sampler and are not
+        kept.
+        target_accept: Mean acceptance rate that the step size is adapted to; nearer one, smaller
+        steps.
         max_depth: Doublings after which a trajectory ends.
         compile: Whether the step is compiled: True, False, or ``"auto"`` where it would pay.
         trace: False runs by Pyro's own Python, to compare with.
@@ -97,7 +101,8 @@ class NUTS(Engine[NutsState]):
         ...     loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
         ...     with pyro.plate("data", len(x)):
         ...         pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
-        >>> fit = NUTS(num_chains=2, num_samples=50, num_warmup=50).run(model, torch.tensor([1.0, 3.0]))
+        >>> fit = NUTS(num_chains=2, num_samples=50, num_warmup=50).run(model, torch.tensor([1.0,
+        3.0]))
         >>> fit.draws["loc"].shape
         torch.Size([2, 50])
     """
@@ -124,7 +129,8 @@ class NUTS(Engine[NutsState]):
             raise ValueError(f"NUTS: num_warmup={warmup!r}, but it must be a whole number >= 0.")
         if not 0.0 < self.target_accept < 1.0:
             raise ValueError(
-                f"NUTS: target_accept={self.target_accept!r}, but it must lie between 0 and 1; 0.8 is "
+                f"NUTS: target_accept={self.target_accept!r}, but it must lie between 0 and 1; "
+                f"0.8 is "
                 "usual, 0.95 where trajectories diverge."
             )
         if self.max_depth > 15:
@@ -275,9 +281,7 @@ class NUTS(Engine[NutsState]):
         chains = Trajectories(**state.chains)
         metric = self._metric(_unpacked(state.adaptation), chains.inverse_mass)
         counts = state.counts.clone()
-        target = min(
-            self.num_samples, _DRAWS_A_STEP * (state.tick - self.num_warmup + 1)
-        )
+        target = min(self.num_samples, _DRAWS_A_STEP * (state.tick - self.num_warmup + 1))
         seen = []
         while int(counts.min()) < target:
             chains, records = self._block(task, work, chains, metric, 16)
@@ -334,9 +338,7 @@ class NUTS(Engine[NutsState]):
         sites = work.density.constrain(state.draws[:, :count])
         if not isinstance(task.model, FunctionModel):
             sites = {name: value for name, value in sites.items() if name in task.model.dims}
-        statistics = dict(
-            zip(STATISTICS, state.sample_stats[:, :count].unbind(-1), strict=True)
-        )
+        statistics = dict(zip(STATISTICS, state.sample_stats[:, :count].unbind(-1), strict=True))
         statistics["diverging"] = statistics["diverging"] > 0.5
         for name in ("tree_depth", "n_steps"):
             statistics[name] = statistics[name].long()
@@ -367,14 +369,18 @@ class NUTS(Engine[NutsState]):
         total = statistics["diverging"].numel()
         if diverging:
             messages.append(
-                f"{diverging} of {total} trajectories diverged: the posterior has a region too narrow for the "
-                "step size, and the draws miss it. Raise target_accept (0.95, 0.99), or reparametrise."
+                f"{diverging} of {total} trajectories diverged: the posterior has a region too "
+                f"narrow for the "
+                "step size, and the draws miss it. Raise target_accept (0.95, 0.99), or "
+                "reparametrise."
             )
         deep = int((statistics["tree_depth"] >= self.max_depth).sum())
         if deep > total // 100:
             messages.append(
-                f"{deep} of {total} trajectories were cut at max_depth={self.max_depth}: parameters are "
-                "nearly collinear or of very different scales. Centre or rescale them, or raise max_depth."
+                f"{deep} of {total} trajectories were cut at max_depth={self.max_depth}: "
+                f"parameters are "
+                "nearly collinear or of very different scales. Centre or rescale them, or raise "
+                "max_depth."
             )
         return messages
 

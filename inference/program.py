@@ -30,7 +30,7 @@ class Arguments:
     num_rows: int = 0
     columns: tuple[str, ...] = ()
     program: str = ""
-    """Fingerprint of the traced program: a checkpoint belongs to one posterior, not to one name."""
+    """Fingerprint of the traced program: a checkpoint belongs to one posterior."""
 
     @property
     def schema(self) -> Schema:
@@ -54,7 +54,7 @@ class Arguments:
 def _hash(digest: Any, value: Any) -> None:
     if isinstance(value, Tensor):
         digest.update(repr((tuple(value.shape), str(value.dtype))).encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     elif isinstance(value, Mapping):
         for key, inner in value.items():
             digest.update(repr(key).encode())
@@ -99,8 +99,10 @@ def arguments(
         signature.bind(*found.args, **found.kwargs)
     except TypeError as error:
         raise TypeError(
-            f"the program is {getattr(function, '__name__', 'program')}{signature}, but run(program, data) "
-            f"got data that do not fit: {error}. Pass a tuple for several arguments, a dict for named ones, "
+            f"the program is {getattr(function, '__name__', 'program')}{signature}, but "
+            f"run(program, data) "
+            f"got data that do not fit: {error}. Pass a tuple for several arguments, a dict for "
+            f"named ones, "
             "None for no argument."
         ) from error
     return found
@@ -128,10 +130,11 @@ class FunctionModel(Model, Pointwise):
 
     def __repr__(self) -> str:
         layout = self.density.layout
-        sites = ", ".join(
-            f"{s.name}{list(s.shape) if s.shape else ''}" for s in layout.sites
-        )
-        lines = [f"FunctionModel({self.name}): {self.density.num_params} parameters", f"  latent: {sites}"]
+        sites = ", ".join(f"{s.name}{list(s.shape) if s.shape else ''}" for s in layout.sites)
+        lines = [
+            f"FunctionModel({self.name}): {self.density.num_params} parameters",
+            f"  latent: {sites}",
+        ]
         if layout.enumerated:
             lines.append(f"  summed out: {', '.join(layout.enumerated)}")
         if layout.observed:
@@ -150,7 +153,8 @@ class FunctionModel(Model, Pointwise):
     def to(self, device: torch.device) -> Self:
         if device != self.density.layout.device:
             raise ValueError(
-                f"a traced program stays where it was traced, on {self.density.layout.device}; run the "
+                f"a traced program stays where it was traced, on {self.density.layout.device}; "
+                f"run the "
                 f"engine with device={str(device)!r}."
             )
         return self
@@ -160,7 +164,7 @@ class FunctionModel(Model, Pointwise):
         return True
 
     @cached_property
-    def dims(self) -> Mapping[str, tuple[str, ...]]:  # type: ignore[override]
+    def dims(self) -> Mapping[str, tuple[str, ...]]:
         layout = self.density.layout
         return {**layout.dims, **layout.observed_dims}
 
@@ -184,7 +188,8 @@ class FunctionModel(Model, Pointwise):
 
     def to_config(self) -> dict[str, Any]:
         raise ValueError(
-            f"a fit of the Pyro function '{self.name}' cannot be saved as a folder: code is never written to "
+            f"a fit of the Pyro function '{self.name}' cannot be saved as a folder: code is "
+            f"never written to "
             "disk. Keep its draws with fit.arviz.to_netcdf(path)."
         )
 
@@ -201,9 +206,7 @@ class FunctionModel(Model, Pointwise):
         return self.density.layout.observed
 
 
-def bound_program(
-    function: Callable[..., Any], call: Arguments
-) -> Callable[[], Any]:
+def bound_program(function: Callable[..., Any], call: Arguments) -> Callable[[], Any]:
     """The program without arguments."""
 
     def run() -> Any:

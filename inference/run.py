@@ -143,7 +143,7 @@ class Engine(ABC, Generic[S]):
 
     def task(self, model: Any, data: object, generator: torch.Generator) -> Task:
         """The model bound to checked data; engines that take plain functions extend this."""
-        bindable = require(model, self.capability, f"{type(self).__name__}.run")
+        bindable: Any = require(model, self.capability, f"{type(self).__name__}.run")
         dataset = as_dataset(data)
         bound = bindable.bind(dataset).to(self._device)
         return Task(bound, dataset, generator, self._device, self._dtype)

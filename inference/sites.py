@@ -79,7 +79,7 @@ def quietly(dtype: torch.dtype, *, validate: bool = False) -> Iterator[None]:
             torch.set_default_dtype(before)
 
 
-class _Start(Messenger):  # type: ignore[misc]
+class _Start(Messenger):
     """Give every continuous latent a value in its support, whatever its prior."""
 
     def __init__(self, generator: torch.Generator) -> None:
@@ -102,7 +102,7 @@ class _Start(Messenger):  # type: ignore[misc]
         self.shapes[msg["name"]] = shape
 
 
-class Flat(Messenger):  # type: ignore[misc]
+class Flat(Messenger):
     """Feed the latents of a program from a flat vector, and add up the log Jacobians.
 
     The transform is read from the site as it is met, so that a support may depend on other sites.
@@ -128,7 +128,7 @@ class Flat(Messenger):  # type: ignore[misc]
         self.log_det = self.log_det + transform.log_abs_det_jacobian(raw, msg["value"]).sum()
 
 
-class Given(Messenger):  # type: ignore[misc]
+class Given(Messenger):
     """Feed the latents of a program with constrained values, one after the other in a vector."""
 
     def __init__(self, sites: tuple[Site, ...], vector: Tensor) -> None:

@@ -23,7 +23,8 @@ __all__ = ["Speed", "choose"]
 
 Gradient = Callable[[Tensor], tuple[Tensor, Tensor]]
 
-# Seconds on one core of a 2024 server: an eager operation, one of its elements, a multiplication in
+# Seconds on one core of a 2024 server: an eager operation, one of its elements, a multiplication
+# in
 # a matrix product; and to compile, at all and for each operation.
 _OPERATION, _ELEMENT, _PRODUCT = 2.5e-6, 0.5e-9, 0.3e-9
 _COMPILE, _COMPILE_OPERATION = 8.0, 0.02
@@ -78,7 +79,7 @@ def choose(
     try:
         graph = simplify(capture(eager, *example), *example)
         compiled = compile_graph(graph, *example)
-    except Exception as error:  # noqa: BLE001 - whatever a compiler may raise, the eager graph works
+    except Exception as error:
         text = str(error).strip().splitlines()
         why = f"eager: compiling failed with {type(error).__name__}: {text[0] if text else ''}"
         return Speed(eager, gradient_of, False, why)

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayesgen import rng
 from bayesgen.inference.complaints import ProgramError
 from bayesgen.inference.trace import Density
 
@@ -27,7 +26,8 @@ def starting_points(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(c, D)`` points, their log densities ``(c,)`` and gradients ``(c, D)``, all finite.
 
-    Uniform in (-2, 2) on the unconstrained scale, as Stan does, drawn again where the density is not
+    Uniform in (-2, 2) on the unconstrained scale, as Stan does, drawn again where the density is
+    not
     finite; for a conjugate model, parameters drawn given a random starting assignment of its rows.
 
     Raises:
@@ -85,11 +85,13 @@ def _blame(density: Density, point: Tensor, dtype: torch.dtype) -> str:
     if wrong:
         return (
             f"no starting point of finite density was found in {_TRIES} tries; not finite: "
-            f"{', '.join(wrong)}. Is the data's scale far from the prior's, or a value outside the support? "
+            f"{', '.join(wrong)}. Is the data's scale far from the prior's, or a value outside "
+            f"the support? "
             "Rescale the data, or widen the prior."
         )
     return (
-        f"no starting point with a finite gradient was found in {_TRIES} tries although the density is "
+        f"no starting point with a finite gradient was found in {_TRIES} tries although the "
+        f"density is "
         "finite: an operation such as sqrt(0), 0 / 0 or a norm at zero has no derivative there."
     )
 

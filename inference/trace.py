@@ -21,7 +21,7 @@ from pyro.infer.mcmc.util import TraceEinsumEvaluator
 from torch import Tensor, fx
 
 from bayesgen.inference.complaints import ProgramError, bijection, user_line
-from bayesgen.inference.graph import capture, compile_graph, simplify
+from bayesgen.inference.graph import capture, simplify
 from bayesgen.inference.marginal import pointwise
 from bayesgen.inference.sites import Flat, Given, Layout, discover, enumerated, quietly
 
@@ -37,7 +37,8 @@ class Density:
 
     Args:
         layout: Sites, and where they lie in the vector.
-        single: The traced graph of one vector: ``(D,) -> ((), (D,))``; None when it could not be traced.
+        single: The traced graph of one vector: ``(D,) -> ((), (D,))``; None when it could not be
+        traced.
         message: Why it could not be traced, with the line; empty when it was.
     """
 
@@ -62,7 +63,7 @@ class Density:
         return _log_density(self.layout, vector)
 
     def value_and_grad(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """Log density ``(c,)`` and gradient ``(c, D)`` at ``(c, D)``, for any ``c``; not the fast way."""
+        """Log density ``(c,)`` and gradient at ``(c, D)``, for any ``c``; not the fast way."""
         with torch.no_grad():
             if self.single is not None:
                 value, gradient = torch.func.vmap(self.single)(vectors)
@@ -94,7 +95,7 @@ class Density:
         return self._mapped(_values, vectors)
 
     def log_likelihood(self, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Log density of the observed values by site, ``(*lead, *rows)``; discrete latents summed out.
+        """Log density of the observed values by site, ``(*lead, *rows)``, marginal.
 
         Args:
             draws: Constrained values ``(*lead, *shape)`` of at least the latent sites.
@@ -149,14 +150,14 @@ class Density:
         return _unconstrain(self.layout, values)
 
     def fingerprint(self) -> str:
-        """A hash of the traced graph and its constants; of the names of the sites without a trace."""
+        """A hash of the traced graph and its constants; without one, of the sites."""
         digest = hashlib.sha256(repr(self.layout.sites).encode())
         if self.single is not None:
             digest.update(self.single.code.encode())
             for name, value in sorted(self.single.named_buffers()):
                 digest.update(name.encode())
                 flat = value.detach().cpu().contiguous().reshape(-1)
-                digest.update(flat.view(torch.uint8).numpy())
+                digest.update(flat.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     # ------------------------------------------------------------ blame
@@ -184,7 +185,8 @@ def trace(
     Args:
         run: The program with its data bound, called without arguments.
         dtype: Precision; the program runs under it as default dtype.
-        generator: For the values at which the program is first run; its device is where to compute.
+        generator: For the values at which the program is first run; its device is where to
+        compute.
         traced: False keeps Pyro's own Python, for comparison.
 
     Raises:
@@ -210,7 +212,7 @@ def trace(
     for data_apart in (False, True):
         try:
             single = _single(layout, density._points(1)[0], data_apart)
-        except Exception as error:  # noqa: BLE001 - whatever stops a trace, Pyro itself can still run
+        except Exception as error:
             message = message or _why(error)
             continue
         if single is None:
@@ -233,8 +235,10 @@ def _single(layout: Layout, example: Tensor, data_apart: bool) -> fx.GraphModule
 
 
 _RANDOM = (
-    "the program draws random numbers of its own, or branches on a value, and is no fixed density: the "
-    "traced program disagrees with Pyro. It runs by Pyro's own Python, many times slower. Make every random "
+    "the program draws random numbers of its own, or branches on a value, and is no fixed "
+    "density: the "
+    "traced program disagrees with Pyro. It runs by Pyro's own Python, many times slower. Make "
+    "every random "
     "number a pyro.sample site."
 )
 
@@ -294,7 +298,8 @@ def _values(layout: Layout, vector: Tensor) -> dict[str, Tensor]:
     with quietly(layout.dtype), Flat(layout.sites, vector):
         run = enumerated(layout) if layout.enumerated else layout.run
         nodes = poutine.trace(run).get_trace().nodes
-    # A deterministic value of an enumerated latent has one more dimension, and no value of its own.
+    # A deterministic value of an enumerated latent has one more dimension, and no value of its
+    # own.
     return {
         name: nodes[name]["value"].clone()
         for name, dims in layout.dims.items()

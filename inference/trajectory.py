@@ -1,7 +1,9 @@
 r"""The no-U-turn sampler as a state machine: one call moves every chain by one leapfrog step.
 
-Each chain stands somewhere in its own binary tree. A chain whose trajectory ends draws a new momentum
-in the same call and goes on, so that no chain waits for another. With the leaves of a subtree numbered
+Each chain stands somewhere in its own binary tree. A chain whose trajectory ends draws a new
+momentum
+in the same call and goes on, so that no chain waits for another. With the leaves of a subtree
+numbered
 from zero, the momenta needed for its U-turn checks are held at ``max_depth`` checkpoints.
 """
 
@@ -46,7 +48,7 @@ class Trajectories(NamedTuple):
     """Where every chain stands in its tree; ``c`` chains of ``D`` coordinates."""
 
     ends: Tensor
-    """``(c, 2, 3, D)``: left and right end of the trajectory, each position, momentum, gradient."""
+    """``(c, 2, 3, D)``: left and right end, each position, momentum, gradient."""
     points: Tensor
     """``(c, 2, 2, D)``: proposals of the tree and of the subtree, each position and gradient."""
     sums: Tensor
@@ -102,7 +104,7 @@ def launch(
     uniform: Tensor,
     max_depth: int,
 ) -> Trajectories:
-    """Start a trajectory of each chain at ``position (c, D)``; ``normal (c, D)``, ``uniform (c,)``."""
+    """Start trajectories at ``position (c, D)``, with ``normal (c, D)`` and ``uniform (c,)``."""
     c, d = position.shape
     momentum = normal * metric.inverse_mass.rsqrt()
     end = torch.stack((position, momentum, gradient), 1)
@@ -162,7 +164,8 @@ def advance(
         uniform: ``(c, 3)`` in (0, 1): take the leaf, take the subtree, which side.
 
     Returns:
-        The new state, and ``(c, 1 + 2 D + len(STATISTICS))``: whether the trajectory ended, then its
+        The new state, and ``(c, 1 + 2 D + len(STATISTICS))``: whether the trajectory ended, then
+        its
         position, gradient and statistics, which mean something only where it did.
     """
     (
@@ -321,9 +324,7 @@ def advance(
     )
 
 
-def machine(
-    gradient_of: Gradient, table: Tensor
-) -> Callable[..., tuple[Tensor, ...]]:
+def machine(gradient_of: Gradient, table: Tensor) -> Callable[..., tuple[Tensor, ...]]:
     """:func:`advance` on plain tensors, as tracing and compiling want it."""
 
     def call(

@@ -81,28 +81,34 @@ def nan_at_the_start():
 TABLE = [
     (
         nothing_latent,
-        "the program has no continuous latent site: every pyro.sample is observed or discrete, so there is "
+        "the program has no continuous latent site: every pyro.sample is observed or discrete, "
+        "so there is "
         "nothing to sample. Give a parameter a prior, such as pyro.sample('loc', Normal(0, 1)).",
     ),
     (
         a_parameter,
-        "pyro.param 'scale' in the model: a sampler draws from a posterior and does not optimise. Give it a "
+        "pyro.param 'scale' in the model: a sampler draws from a posterior and does not "
+        "optimise. Give it a "
         "prior with pyro.sample('scale', ...), or pass a fixed tensor.",
     ),
     (
         endless_discrete,
-        "site 'count' is a latent Poisson: discrete with endless values, so it can be neither moved along a "
-        "gradient nor summed out. Observe it (obs=...), marginalise it by hand (Gamma-Poisson is a "
+        "site 'count' is a latent Poisson: discrete with endless values, so it can be neither "
+        "moved along a "
+        "gradient nor summed out. Observe it (obs=...), marginalise it by hand (Gamma-Poisson is "
+        "a "
         "NegativeBinomial), or bound it with a Categorical.",
     ),
     (
         name_twice,
-        "the site name 'loc' is used twice (at test_bad_programs.py:{line}: {source}): every pyro.sample needs "
+        "the site name 'loc' is used twice (at test_bad_programs.py:{line}: {source}): every "
+        "pyro.sample needs "
         "its own name. In a Python loop write f'loc_{{i}}', or use a pyro.plate.",
     ),
     (
         subsampled,
-        "plate 'data' takes a random subsample of 2 of its 3 rows, and a sampler needs them all. Leave out "
+        "plate 'data' takes a random subsample of 2 of its 3 rows, and a sampler needs them all. "
+        "Leave out "
         "subsample_size, or fit by SVI.",
     ),
     (
@@ -113,11 +119,13 @@ TABLE = [
     (
         outside_support,
         "site 'y': 1 of 3 observed values lie outside the support of Exponential, "
-        "GreaterThanEq(lower_bound=0.0). Transform the data, or choose a distribution that allows them.",
+        "GreaterThanEq(lower_bound=0.0). Transform the data, or choose a distribution that "
+        "allows them.",
     ),
     (
         shapes_that_cross,
-        "site 'y': the distribution has shape (3,) and the observed values (3, 1), which broadcast to a third "
+        "site 'y': the distribution has shape (3,) and the observed values (3, 1), which "
+        "broadcast to a third "
         "shape and so count values several times. Reshape one, for example values.squeeze(-1).",
     ),
 ]
@@ -135,7 +143,10 @@ def test_exact_messages(program, message):
 
 
 PARTS = [
-    (plate_of_another_size, ["plate('data') at site y dim -1, 5 vs 3", "test_bad_programs.py", "The size of a plate"]),
+    (
+        plate_of_another_size,
+        ["plate('data') at site y dim -1, 5 vs 3", "test_bad_programs.py", "The size of a plate"],
+    ),
     (no_bijection, ["site 'cov'", "Wishart", "LKJCholesky"]),
     (bad_argument, ["scale", "test_bad_programs.py", "Normal"]),
     (nan_at_the_start, ["no starting point of finite density", "'y' (-inf)"]),

@@ -1,4 +1,4 @@
-"""The traced density is Pyro's own, for every distribution and constraint; its gradient is exact."""
+"""The traced density is Pyro's own, for every distribution and constraint."""
 
 from __future__ import annotations
 
@@ -183,9 +183,7 @@ def test_an_enumerated_mixture_is_the_marginal_one():
     assert summed.is_traced
     assert summed.layout.enumerated == ("label",)
     points = rng.standard_normal((4, 3), generator())
-    for left, right in zip(
-        summed.batched(4)(points), marginal.batched(4)(points), strict=True
-    ):
+    for left, right in zip(summed.batched(4)(points), marginal.batched(4)(points), strict=True):
         torch.testing.assert_close(left, right)
     draws = summed.constrain(points)
     torch.testing.assert_close(
