@@ -37,6 +37,7 @@ from bayesgen.inference.trajectory import (
 __all__ = ["NUTS"]
 
 _DRAWS_A_STEP = 10
+_SHOWN = 1000  # entries of the mass matrix kept in the attributes
 _EARLY_DEPTH = 8  # of the first tenth of warm-up, when the step size may be far too small
 
 
@@ -350,7 +351,7 @@ class NUTS(Engine[NutsState]):
                 "num_warmup": self.num_warmup,
                 "warmup_divergences": state.warmup_divergences,
                 "step_size": adaptation.current(self.num_warmup),
-                "inverse_mass": adaptation.inverse_mass.tolist(),
+                "inverse_mass": adaptation.inverse_mass[:_SHOWN].tolist(),
                 "num_params": work.density.num_params,
                 "is_traced": work.density.is_traced,
                 "is_compiled": work.speed.is_compiled,
