@@ -164,7 +164,14 @@ class NUTS(Engine[NutsState]):
             bound_program(model, call), dtype=self._dtype, generator=generator, traced=self.trace
         )
         adapter = FunctionModel(model, density, with_density(call, density))
-        return Task(adapter, adapter.arguments, generator, self._device, self._dtype)
+        return Task(
+            adapter,
+            adapter.arguments,
+            generator,
+            self._device,
+            self._dtype,
+            density.fingerprint(),
+        )
 
     def prepare(self, task: Task) -> Work:
         if isinstance(task.model, FunctionModel):

@@ -63,6 +63,8 @@ class Task:
     generator: torch.Generator
     device: torch.device
     dtype: torch.dtype
+    program: str = ""
+    """Fingerprint of a plain program, which unlike a model has no configuration to compare."""
 
 
 S = TypeVar("S", bound=NamedTuple)
@@ -230,7 +232,7 @@ class _Loop:
             # Where a run ends may change between sessions; how it moves may not.
             "settings": {k: v for k, v in engine.settings().items() if k not in _MAY_CHANGE},
             "seed": seed,
-            "model": _digest(task.model) if self.folder is not None else None,
+            "model": (task.program or _digest(task.model)) if self.folder is not None else None,
             "data": task.data.fingerprint() if self.folder is not None else None,
         }
         self.step, self.seconds, self.done = 0, 0.0, False
@@ -328,7 +330,7 @@ class _Loop:
 _MAY_CHANGE = ("max_steps",)
 
 
-def _digest(model: Model) -> str:
+def _digest(model: Any) -> str:
     """What tells models apart: their class and everything that a file would hold of them."""
     tensors, config = flatten(model.to_config())
     digest = hashlib.sha256(type(model).__name__.encode())
