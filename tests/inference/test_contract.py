@@ -37,7 +37,7 @@ def binary():
 DATA = as_dataset(blobs())
 HOLES = as_dataset(holes(blobs()))
 GIBBS = {"num_chains": 2, "num_samples": 30, "num_warmup": 10}
-NUTS_SETTINGS = {"num_chains": 1, "num_samples": 10, "num_warmup": 8}
+NUTS_SETTINGS = {"num_chains": 1, "num_samples": 20, "num_warmup": 8}
 
 
 def make(name, engine, model=None, data=DATA, **settings):
