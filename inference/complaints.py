@@ -14,6 +14,7 @@ from pyro import poutine
 from torch.distributions import biject_to, constraints
 
 import bayesgen
+import bayesgen.distributions  # registers bijections that torch lacks
 
 __all__ = ["ProgramError", "bijection", "check_site", "check_trace", "explained", "user_line"]
 

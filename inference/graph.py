@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -304,9 +305,10 @@ def compile_graph(graph: fx.GraphModule, *example: Tensor) -> Callable[..., Any]
     Raises:
         RuntimeError: No compiler, or one that fails; the eager graph then does the work.
     """
-    from torch._inductor import compile as inductor
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates parts of itself as it imports them
+        from torch._inductor import compile as inductor
 
-    with torch.no_grad():
         compiled: Callable[..., Any] = inductor(graph, list(example))
         compiled(*example)
     return compiled

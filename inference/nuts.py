@@ -102,8 +102,8 @@ class NUTS(Engine[NutsState]):
         ...     loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
         ...     with pyro.plate("data", len(x)):
         ...         pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
-        >>> fit = NUTS(num_chains=2, num_samples=50, num_warmup=50).run(model, torch.tensor([1.0,
-        3.0]))
+        >>> x = torch.tensor([1.0, 3.0])
+        >>> fit = NUTS(num_chains=2, num_samples=50, num_warmup=50).run(model, x)
         >>> fit.draws["loc"].shape
         torch.Size([2, 50])
     """

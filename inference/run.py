@@ -350,8 +350,10 @@ def _to(value: Any, device: torch.device) -> Any:
     return value
 
 
-def _notes(data: Dataset) -> list[str]:
+def _notes(data: Any) -> list[str]:
     """What a person should know of the data before trusting scores."""
+    if not isinstance(data, Dataset):
+        return []
     variance = data.summary().variance.tolist()
     constant = [name for name, v in zip(data.columns, variance, strict=True) if v == 0.0]
     if not constant:

@@ -92,7 +92,7 @@ class Density:
     # ------------------------------------------------------------ draws
     def constrain(self, vectors: Tensor) -> dict[str, Tensor]:
         """Sites and deterministic values ``(*lead, *shape)`` of vectors ``(*lead, D)``."""
-        return self._mapped(_values, vectors)
+        return self._mapped(_values, vectors.to(self.layout.dtype))
 
     def log_likelihood(self, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Log density of the observed values by site, ``(*lead, *rows)``, marginal.

@@ -66,7 +66,7 @@ def plate_of_another_size():
 
 
 def no_bijection():
-    pyro.sample("cov", dist.Wishart(torch.tensor(4.0), torch.eye(2)))
+    pyro.sample("direction", dist.ProjectedNormal(torch.ones(3)))
 
 
 def bad_argument():
@@ -147,7 +147,7 @@ PARTS = [
         plate_of_another_size,
         ["plate('data') at site y dim -1, 5 vs 3", "test_bad_programs.py", "The size of a plate"],
     ),
-    (no_bijection, ["site 'cov'", "Wishart", "LKJCholesky"]),
+    (no_bijection, ["site 'direction'", "ProjectedNormal", "biject_to.register"]),
     (bad_argument, ["scale", "test_bad_programs.py", "Normal"]),
     (nan_at_the_start, ["no starting point of finite density", "'y' (-inf)"]),
 ]

@@ -53,6 +53,11 @@ LATENTS = {
     "mvn-low-rank": lambda: dist.LowRankMultivariateNormal(THREE, SPD[:, :1], THREE),
     "mv-student": lambda: dist.MultivariateStudentT(t(4.0), THREE, torch.linalg.cholesky(SPD)),
     "lkj": lambda: dist.LKJCholesky(3, t(2.0)),
+    "wishart": lambda: dist.Wishart(t(5.0), SPD),
+    "flat-cholesky": lambda: dist.ImproperUniform(constraints.lower_cholesky, (), (3, 3)),
+    "flat-positive-definite": lambda: dist.ImproperUniform(
+        constraints.positive_definite, (), (3, 3)
+    ),
     "batch": lambda: dist.Gamma(torch.ones(2, 3, **D64), 2.0).to_event(2),
     "mixture": lambda: dist.MixtureSameFamily(
         dist.Categorical(THREE / THREE.sum()), dist.Normal(THREE, 1.0)
