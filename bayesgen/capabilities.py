@@ -30,6 +30,7 @@ __all__ = [
     "Encoder",
     "Generative",
     "Model",
+    "Pointwise",
     "Program",
     "Scored",
     "Symmetric",
@@ -97,6 +98,19 @@ class Scored(ABC):
 
         ``NaN`` entries of ``x`` are integrated out exactly where the model can.
         """
+
+
+class Pointwise(ABC):
+    """A log density of each of its own observed values: what cross-validation needs."""
+
+    @abstractmethod
+    def log_likelihood(self, draws: Tensors) -> Tensors:
+        """By observed site ``(*draw, *rows)``, discrete latents summed out, in nats."""
+
+    @property
+    @abstractmethod
+    def observed(self) -> Tensors:
+        """The observed values by site."""
 
 
 class Generative(ABC):
@@ -256,6 +270,7 @@ def require(model: object, capability: type[C], who: str) -> C:
 _ALL: tuple[type, ...] = (
     Program,
     Scored,
+    Pointwise,
     Generative,
     Encoder,
     Conditional,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bayesgen import rng, verbs
 from bayesgen.arviz_groups import convert, import_arviz, labels, summarise
-from bayesgen.capabilities import Generative, Scored, Symmetric, require
+from bayesgen.capabilities import Generative, Pointwise, Scored, Symmetric, require
 from bayesgen.symmetry import LabelPermutation
 
 if TYPE_CHECKING:
@@ -90,6 +90,8 @@ def to_arviz(
             seed=seed,
             max_elements=max_elements,
         )
+    elif isinstance(fit.model, Pointwise):
+        _add_observed(fit.model, fit, groups, attrs, log_likelihood, max_elements)
     elif log_likelihood:
         attrs["log_likelihood_skipped"] = "the fit does not hold its training data in memory"
     if prior is not None:
@@ -132,6 +134,25 @@ def _add_data(
         groups["posterior_predictive"] = _numpy(
             {"x": replicate(fit, len(rows), num_replicates, seed=seed)}
         )
+
+
+def _add_observed(
+    model: Pointwise,
+    fit: Fit,
+    groups: dict[str, Arrays],
+    attrs: dict[str, Any],
+    log_likelihood: bool,
+    max_elements: int,
+) -> None:
+    """Observed values and their log densities of a program that holds its own data."""
+    groups["observed_data"] = _numpy(model.observed)
+    size = fit.num_chains * fit.num_draws * sum(v.numel() for v in model.observed.values())
+    if log_likelihood and size > max_elements:
+        attrs["log_likelihood_skipped"] = (
+            f"{size:,} elements, above max_elements={max_elements:,}"
+        )
+    elif log_likelihood:
+        groups["log_likelihood"] = _numpy(model.log_likelihood(fit.draws))
 
 
 def replicate(fit: Fit, num_rows: int, num_replicates: int, *, seed: int = 0) -> Tensor:

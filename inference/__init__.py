@@ -5,16 +5,18 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["EM", "VB", "Gibbs"]
+__all__ = ["EM", "NUTS", "VB", "Gibbs"]
 
 if TYPE_CHECKING:
     from bayesgen.inference.em import EM
     from bayesgen.inference.gibbs import Gibbs
+    from bayesgen.inference.nuts import NUTS
     from bayesgen.inference.vb import VB
 
 _HOMES = {
     "EM": "bayesgen.inference.em",
     "Gibbs": "bayesgen.inference.gibbs",
+    "NUTS": "bayesgen.inference.nuts",
     "VB": "bayesgen.inference.vb",
 }
 

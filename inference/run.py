@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 
 from bayesgen import rng
-from bayesgen.capabilities import Model, require
-from bayesgen.data import as_dataset
+from bayesgen.capabilities import require
+from bayesgen.data import Dataset, as_dataset
 from bayesgen.storage import flatten, read_folder, unflatten, write_folder
 
 if TYPE_CHECKING:
-    from bayesgen.data import Dataset
     from bayesgen.fit import Fit
 
 __all__ = ["Callback", "Engine", "Info", "Progress", "Task"]
@@ -59,10 +58,13 @@ class Task:
     """What one run works on: the bound model, its data, and where randomness comes from."""
 
     model: Any
-    data: Dataset
+    data: Any
+    """A :class:`~bayesgen.data.Dataset`, or what a plain program is called with."""
     generator: torch.Generator
     device: torch.device
     dtype: torch.dtype
+    program: str = ""
+    """Fingerprint of a plain program, which unlike a model has no configuration to compare."""
 
 
 S = TypeVar("S", bound=NamedTuple)
@@ -110,8 +112,8 @@ class Engine(ABC, Generic[S]):
     # ------------------------------------------------------------ the run
     def run(
         self,
-        model: Model,
-        data: object,
+        model: Any,
+        data: object = None,
         *,
         seed: int = 0,
         callbacks: Sequence[Callback] = (),
@@ -135,17 +137,20 @@ class Engine(ABC, Generic[S]):
             TypeError: The model lacks the capability.
             ValueError: Data that do not fit, or a checkpoint of another run.
         """
-        require(model, self.capability, f"{type(self).__name__}.run")
-        dataset = as_dataset(data)
-        generator = rng.make_generator(seed, self._device)
-        bound = model.bind(dataset).to(self._device)
-        task = Task(bound, dataset, generator, self._device, self._dtype)
+        task = self.task(model, data, rng.make_generator(seed, self._device))
         work = self.prepare(task)
         loop = _Loop(self, task, work, seed, tuple(callbacks), resume)
         state = loop.run()
         return self._fit(loop, state, model, seed)
 
-    def _fit(self, loop: _Loop, state: S, model: Model, seed: int) -> Fit:
+    def task(self, model: Any, data: object, generator: torch.Generator) -> Task:
+        """The model bound to checked data; engines that take plain functions extend this."""
+        bindable: Any = require(model, self.capability, f"{type(self).__name__}.run")
+        dataset = as_dataset(data)
+        bound = bindable.bind(dataset).to(self._device)
+        return Task(bound, dataset, generator, self._device, self._dtype)
+
+    def _fit(self, loop: _Loop, state: S, model: Any, seed: int) -> Fit:
         from bayesgen.fit import Fit
 
         parts = self.finish(loop.task, loop.work, state)
@@ -174,7 +179,7 @@ class Engine(ABC, Generic[S]):
             **parts,
             history=loop.history,
             attrs=attrs,
-            data=data,
+            data=data if isinstance(data, Dataset) else None,
             refit=lambda other, other_seed: self.run(model, other, seed=other_seed),
         )
 
@@ -227,7 +232,7 @@ class _Loop:
             # Where a run ends may change between sessions; how it moves may not.
             "settings": {k: v for k, v in engine.settings().items() if k not in _MAY_CHANGE},
             "seed": seed,
-            "model": _digest(task.model) if self.folder is not None else None,
+            "model": (task.program or _digest(task.model)) if self.folder is not None else None,
             "data": task.data.fingerprint() if self.folder is not None else None,
         }
         self.step, self.seconds, self.done = 0, 0.0, False
@@ -325,7 +330,7 @@ class _Loop:
 _MAY_CHANGE = ("max_steps",)
 
 
-def _digest(model: Model) -> str:
+def _digest(model: Any) -> str:
     """What tells models apart: their class and everything that a file would hold of them."""
     tensors, config = flatten(model.to_config())
     digest = hashlib.sha256(type(model).__name__.encode())
@@ -345,8 +350,10 @@ def _to(value: Any, device: torch.device) -> Any:
     return value
 
 
-def _notes(data: Dataset) -> list[str]:
+def _notes(data: Any) -> list[str]:
     """What a person should know of the data before trusting scores."""
+    if not isinstance(data, Dataset):
+        return []
     variance = data.summary().variance.tolist()
     constant = [name for name, v in zip(data.columns, variance, strict=True) if v == 0.0]
     if not constant:

@@ -10,7 +10,7 @@ import torch
 
 from bayesgen import rng
 from bayesgen.data import as_dataset
-from bayesgen.inference import EM, VB, Gibbs
+from bayesgen.inference import EM, NUTS, VB, Gibbs
 from bayesgen.models import GaussianMixture, Mixture
 from bayesgen.models.families.bernoulli import Bernoulli
 from bayesgen.testing import EngineCase, engine_checks, engines
@@ -37,6 +37,7 @@ def binary():
 DATA = as_dataset(blobs())
 HOLES = as_dataset(holes(blobs()))
 GIBBS = {"num_chains": 2, "num_samples": 30, "num_warmup": 10}
+NUTS_SETTINGS = {"num_chains": 1, "num_samples": 20, "num_warmup": 8}
 
 
 def make(name, engine, model=None, data=DATA, **settings):
@@ -53,6 +54,7 @@ CASES = [
     make("gibbs", lambda: Gibbs(**GIBBS), resume_after=15),
     make("gibbs-cut-in-warmup", lambda: Gibbs(**GIBBS), resume_after=3),
     make("gibbs-holes", lambda: Gibbs(**GIBBS), data=HOLES),
+    make("nuts", lambda: NUTS(**NUTS_SETTINGS), GaussianMixture(1), resume_after=5),
     make("gibbs-bernoulli", lambda: Gibbs(**GIBBS), Mixture(Bernoulli(), 3), binary()),
 ]
 PAIRS = [(case, check) for case in CASES for check in engine_checks(case)]

@@ -1,0 +1,221 @@
+"""A plain Pyro function, with its data, as a model that a fit can hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bayesgen.capabilities import Model, Pointwise, Tensors
+from bayesgen.inference.trace import Density
+from bayesgen.schema import Schema
+
+__all__ = ["Arguments", "FunctionModel", "arguments"]
+
+
+@dataclass(frozen=True, eq=False)
+class Arguments:
+    """What a Pyro function is called with, in place of a table of rows."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    num_rows: int = 0
+    columns: tuple[str, ...] = ()
+    program: str = ""
+    """Fingerprint of the traced program: a checkpoint belongs to one posterior."""
+
+    @property
+    def schema(self) -> Schema:
+        """A program's data have no columns."""
+        return Schema((), (), ())
+
+    @property
+    def in_memory(self) -> bool:
+        """Always."""
+        return True
+
+    def fingerprint(self) -> str:
+        """A hash of every value."""
+        digest = hashlib.sha256(self.program.encode())
+        for name, value in [*enumerate(self.args), *sorted(self.kwargs.items())]:
+            digest.update(repr(name).encode())
+            _hash(digest, value)
+        return digest.hexdigest()[:32]
+
+
+def _hash(digest: Any, value: Any) -> None:
+    if isinstance(value, Tensor):
+        digest.update(repr((tuple(value.shape), str(value.dtype))).encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            digest.update(repr(key).encode())
+            _hash(digest, inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _hash(digest, inner)
+    else:
+        digest.update(repr(value).encode())
+
+
+def arguments(
+    function: Callable[..., Any], data: object, *, dtype: torch.dtype, device: torch.device
+) -> Arguments:
+    """The call that ``data`` stands for: a tuple of arguments, a dict of named ones, or one value.
+
+    Arrays become tensors, floating ones of ``dtype``; everything else is passed as it is.
+
+    Raises:
+        TypeError: The function cannot be called with them.
+    """
+
+    def move(value: Any) -> Any:
+        if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
+            value = torch.as_tensor(value)
+        if isinstance(value, Tensor):
+            return value.to(device, dtype if value.is_floating_point() else None)
+        if isinstance(value, Mapping):
+            return {k: move(v) for k, v in value.items()}
+        return value
+
+    signature = inspect.signature(function)
+    if data is None:
+        found = Arguments((), {})
+    elif isinstance(data, tuple):
+        found = Arguments(tuple(move(v) for v in data), {})
+    elif isinstance(data, Mapping) and _names(signature, data):
+        found = Arguments((), {str(k): move(v) for k, v in data.items()})
+    else:
+        found = Arguments((move(data),), {})
+    try:
+        signature.bind(*found.args, **found.kwargs)
+    except TypeError as error:
+        raise TypeError(
+            f"the program is {getattr(function, '__name__', 'program')}{signature}, but "
+            f"run(program, data) "
+            f"got data that do not fit: {error}. Pass a tuple for several arguments, a dict for "
+            f"named ones, "
+            "None for no argument."
+        ) from error
+    return found
+
+
+def _names(signature: inspect.Signature, data: Mapping[Any, Any]) -> bool:
+    if any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
+        return True
+    return bool(data) and set(data) <= set(signature.parameters)
+
+
+@dataclass(frozen=True, eq=False)
+class FunctionModel(Model, Pointwise):
+    """A Pyro function with its data: what it can do is what its trace tells.
+
+    Args:
+        function: The program.
+        density: Its traced log density.
+        arguments: What it was called with.
+    """
+
+    function: Callable[..., Any]
+    density: Density = field(repr=False)
+    arguments: Arguments = field(repr=False)
+
+    def __repr__(self) -> str:
+        layout = self.density.layout
+        sites = ", ".join(f"{s.name}{list(s.shape) if s.shape else ''}" for s in layout.sites)
+        lines = [
+            f"FunctionModel({self.name}): {self.density.num_params} parameters",
+            f"  latent: {sites}",
+        ]
+        if layout.enumerated:
+            lines.append(f"  summed out: {', '.join(layout.enumerated)}")
+        if layout.observed:
+            lines.append(f"  observed: {', '.join(layout.observed)}")
+        return "\n".join(lines)
+
+    @property
+    def name(self) -> str:
+        """The function's name."""
+        return str(getattr(self.function, "__name__", type(self.function).__name__))
+
+    # ------------------------------------------------------------ Model
+    def bind(self, data: Any) -> Self:
+        return self
+
+    def to(self, device: torch.device) -> Self:
+        if device != self.density.layout.device:
+            raise ValueError(
+                f"a traced program stays where it was traced, on {self.density.layout.device}; "
+                f"run the "
+                f"engine with device={str(device)!r}."
+            )
+        return self
+
+    @property
+    def is_bound(self) -> bool:
+        return True
+
+    @cached_property
+    def dims(self) -> Mapping[str, tuple[str, ...]]:
+        layout = self.density.layout
+        return {**layout.dims, **layout.observed_dims}
+
+    def coords(self) -> Mapping[str, list[Any]]:
+        layout = self.density.layout
+        sizes: dict[str, int] = {}
+        for name, value in self._shapes.items():
+            sizes |= dict(zip(self.dims[name], value, strict=True))
+        for name, values in layout.observed.items():
+            sizes |= dict(zip(layout.observed_dims[name], values.shape, strict=True))
+        return {dim: list(range(size)) for dim, size in sizes.items()}
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        zero = torch.zeros(
+            self.density.num_params,
+            dtype=self.density.layout.dtype,
+            device=self.density.layout.device,
+        )
+        return {k: tuple(v.shape) for k, v in self.density.constrain(zero).items()}
+
+    def to_config(self) -> dict[str, Any]:
+        raise ValueError(
+            f"a fit of the Pyro function '{self.name}' cannot be saved as a folder: code is "
+            f"never written to "
+            "disk. Keep its draws with fit.arviz.to_netcdf(path)."
+        )
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        raise ValueError("a Pyro function cannot be read from a file.")
+
+    # ------------------------------------------------------------ Pointwise
+    def log_likelihood(self, draws: Tensors) -> Mapping[str, Tensor]:
+        return self.density.log_likelihood(draws)
+
+    @property
+    def observed(self) -> Tensors:
+        return self.density.layout.observed
+
+
+def bound_program(function: Callable[..., Any], call: Arguments) -> Callable[[], Any]:
+    """The program without arguments."""
+
+    def run() -> Any:
+        return function(*call.args, **call.kwargs)
+
+    return run
+
+
+def with_density(call: Arguments, density: Density) -> Arguments:
+    """The arguments, knowing the number of observed rows and the identity of the program."""
+    rows = max((v.shape[0] for v in density.layout.observed.values() if v.ndim), default=0)
+    return dataclasses.replace(call, num_rows=rows, program=density.fingerprint())

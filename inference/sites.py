@@ -1,0 +1,224 @@
+"""Sites of a Pyro program: found once, then fed from one flat unconstrained vector."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import config_enumerate
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from bayesgen import rng
+from bayesgen.inference.complaints import bijection, check_site, check_trace, explained
+
+__all__ = ["Flat", "Given", "Layout", "Site", "discover", "enumerated", "quietly"]
+
+_LOCK = threading.RLock()
+_RADIUS = 2.0
+
+
+@dataclass(frozen=True)
+class Site:
+    """One latent site with a density: where it lies in the flat vector, and its shapes."""
+
+    name: str
+    start: int
+    size: int
+    unconstrained: tuple[int, ...]
+    shape: tuple[int, ...]
+    dims: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """What one run of a program tells about it."""
+
+    run: Callable[[], Any]
+    """The program with its data."""
+    sites: tuple[Site, ...]
+    dims: dict[str, tuple[str, ...]]
+    """Dimensions of every reported site, those of ``pyro.deterministic`` included."""
+    observed: dict[str, Tensor]
+    observed_dims: dict[str, tuple[str, ...]]
+    enumerated: tuple[str, ...]
+    """Discrete latent sites, summed out."""
+    max_plate_nesting: int
+    dtype: torch.dtype
+    device: torch.device
+    notes: tuple[str, ...] = ()
+
+    @property
+    def num_params(self) -> int:
+        """Length of the flat vector."""
+        return sum(site.size for site in self.sites)
+
+
+@contextmanager
+def quietly(dtype: torch.dtype, *, validate: bool = False) -> Iterator[None]:
+    """Run a user's program: default dtype set, Pyro's store empty, one thread; all put back.
+
+    Pyro and the default dtype are global to the process, which is why this holds a lock.
+    """
+    with _LOCK:
+        before = torch.get_default_dtype()
+        checks = torch.distributions.Distribution._validate_args
+        torch.set_default_dtype(dtype)
+        try:
+            with pyro.get_param_store().scope(), pyro.validation_enabled(validate):
+                yield
+        finally:
+            torch.distributions.Distribution.set_default_validate_args(checks)
+            torch.set_default_dtype(before)
+
+
+class _Start(Messenger):
+    """Give every continuous latent a value in its support, whatever its prior."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()
+        self.generator = generator
+        self.shapes: dict[str, torch.Size] = {}
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if msg["is_observed"] or msg["name"] in self.shapes or _is_plate(msg):
+            return
+        law = msg["fn"]
+        check_site(msg)
+        if not _has_density(law):
+            return
+        transform = bijection(law, msg["name"])
+        shape = transform.inverse_shape(law.shape())
+        raw = torch.rand(shape, generator=self.generator, device=self.generator.device)
+        msg["value"] = transform(_RADIUS * (2 * raw - 1))
+        msg["done"] = True
+        self.shapes[msg["name"]] = shape
+
+
+class Flat(Messenger):
+    """Feed the latents of a program from a flat vector, and add up the log Jacobians.
+
+    The transform is read from the site as it is met, so that a support may depend on other sites.
+    """
+
+    def __init__(self, sites: tuple[Site, ...], vector: Tensor) -> None:
+        super().__init__()
+        # One split, whose gradient is one concatenation; slices would cost an addition each.
+        parts = vector.split([site.size for site in sites])
+        self.raw = {
+            site.name: part.reshape(site.unconstrained)
+            for site, part in zip(sites, parts, strict=True)
+        }
+        self.log_det: Tensor | float = 0.0
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        raw = self.raw.get(msg["name"])
+        if raw is None:
+            return
+        transform = bijection(msg["fn"], msg["name"])
+        msg["value"] = transform(raw)
+        msg["done"] = True
+        self.log_det = self.log_det + transform.log_abs_det_jacobian(raw, msg["value"]).sum()
+
+
+class Given(Messenger):
+    """Feed the latents of a program with constrained values, one after the other in a vector."""
+
+    def __init__(self, sites: tuple[Site, ...], vector: Tensor) -> None:
+        super().__init__()
+        sizes = [math.prod(site.shape) for site in sites]
+        self.values = {
+            site.name: part.reshape(site.shape)
+            for site, part in zip(sites, vector.split(sizes), strict=True)
+        }
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if msg["name"] in self.values:
+            msg["value"] = self.values[msg["name"]]
+            msg["done"] = True
+
+
+def _is_plate(msg: dict[str, Any]) -> bool:
+    return bool(poutine.util.site_is_subsample(msg))
+
+
+def _has_density(law: Any) -> bool:
+    return not bool(law.support.is_discrete)
+
+
+def discover(
+    run: Callable[[], Any],
+    *,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+) -> Layout:
+    """Run the program once, with random values in the supports, and say what is in it.
+
+    Raises:
+        ValueError: A program that no gradient-based sampler can run, with what to do about it.
+    """
+    with rng.fork(generator), quietly(dtype, validate=True), explained():
+        starter = _Start(generator)
+        with torch.no_grad(), starter:
+            trace = poutine.trace(run).get_trace()
+    notes = check_trace(trace, starter.shapes)
+    sites, start = [], 0
+    dims: dict[str, tuple[str, ...]] = {}
+    observed, observed_dims, discrete = {}, {}, []
+    for name, node in trace.nodes.items():
+        if node["type"] != "sample" or _is_plate(node):
+            continue
+        value = node["value"]
+        if name in starter.shapes:
+            shape = starter.shapes[name]
+            sites.append(
+                Site(name, start, shape.numel(), tuple(shape), tuple(value.shape), _dims(node))
+            )
+            start += shape.numel()
+            dims[name] = _dims(node)
+        elif not node["is_observed"]:
+            discrete.append(name)
+        elif node["infer"].get("_deterministic"):
+            dims[name] = _dims(node)
+        elif not isinstance(node["fn"], pyro.distributions.Unit):
+            observed[name], observed_dims[name] = value, _dims(node)
+    frames = [f for n in trace.nodes.values() for f in n.get("cond_indep_stack", ())]
+    nesting = max((-f.dim for f in frames if f.vectorized), default=0)
+    return Layout(
+        run,
+        tuple(sites),
+        dims,
+        observed,
+        observed_dims,
+        tuple(discrete),
+        nesting,
+        dtype,
+        generator.device,
+        notes,
+    )
+
+
+def _dims(node: dict[str, Any]) -> tuple[str, ...]:
+    """A name for every dimension of a site's value: its plates, then its own."""
+    value, name = node["value"], node["name"]
+    event = len(node["fn"].event_shape)
+    names = [f"{name}_dim_{k}" for k in range(value.ndim)]
+    for frame in node["cond_indep_stack"]:
+        where = value.ndim - event + frame.dim if frame.vectorized else -1
+        if 0 <= where < value.ndim and value.shape[where] == frame.size:
+            names[where] = frame.name
+    return tuple(names)
+
+
+def enumerated(layout: Layout) -> Callable[[], Any]:
+    """The program with its discrete latents enumerated in parallel."""
+    run = config_enumerate(layout.run, "parallel")
+    enum: Callable[[], Any] = poutine.enum(run, first_available_dim=-1 - layout.max_plate_nesting)
+    return enum
