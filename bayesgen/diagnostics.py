@@ -148,9 +148,7 @@ def _add_observed(
     groups["observed_data"] = _numpy(model.observed)
     size = fit.num_chains * fit.num_draws * sum(v.numel() for v in model.observed.values())
     if log_likelihood and size > max_elements:
-        attrs["log_likelihood_skipped"] = (
-            f"{size:,} elements, above max_elements={max_elements:,}"
-        )
+        attrs["log_likelihood_skipped"] = f"{size:,} elements, above max_elements={max_elements:,}"
     elif log_likelihood:
         groups["log_likelihood"] = _numpy(model.log_likelihood(fit.draws))
 

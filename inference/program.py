@@ -54,7 +54,9 @@ class Arguments:
 def _hash(digest: Any, value: Any) -> None:
     if isinstance(value, Tensor):
         digest.update(repr((tuple(value.shape), str(value.dtype))).encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(
+            value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        )
     elif isinstance(value, Mapping):
         for key, inner in value.items():
             digest.update(repr(key).encode())
