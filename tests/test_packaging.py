@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -111,10 +112,12 @@ def test_the_code_on_the_first_pages_runs(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
-    blocks = (ROOT / page).read_text("utf-8").split("```python\n")[1:]
+    text = (ROOT / page).read_text("utf-8")
+    blocks = re.findall(r"```(?:python|\{code-cell\})\n(.*?)```", text, flags=re.DOTALL)
     assert blocks
+    names: dict[str, object] = {}  # cells of a page share their names
     for block in blocks:
-        exec(compile(block.partition("```")[0], page, "exec"), {})
+        exec(compile(block, page, "exec"), names)
 
 
 # ------------------------------------------------------------------ build, install, import
