@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bayesgen import rng
-from bayesgen.capabilities import Conjugate, Model, Program
+from bayesgen.capabilities import Conjugate
 from bayesgen.inference.adaptation import (
     Adaptation,
     Moments,
@@ -21,11 +21,11 @@ from bayesgen.inference.adaptation import (
     start_adaptation,
 )
 from bayesgen.inference.checks import check_settings
-from bayesgen.inference.program import FunctionModel, arguments, bound_program, with_density
-from bayesgen.inference.run import Engine, Info, Task
+from bayesgen.inference.run import Info, Task
 from bayesgen.inference.speed import Speed, choose
 from bayesgen.inference.start import starting_points
-from bayesgen.inference.trace import Density, trace
+from bayesgen.inference.trace import Density
+from bayesgen.inference.traced import TracedEngine
 from bayesgen.inference.trajectory import (
     STATISTICS,
     Metric,
@@ -64,7 +64,7 @@ class Work(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class NUTS(Engine[NutsState]):
+class NUTS(TracedEngine[NutsState]):
     r"""The no-U-turn sampler on a traced program, all chains in one batch.
 
     Hamiltonian trajectories double until they turn back; a draw is taken from the whole trajectory
@@ -142,10 +142,6 @@ class NUTS(Engine[NutsState]):
             )
 
     @property
-    def capability(self) -> type:
-        return Program
-
-    @property
     def state_type(self) -> type[NutsState]:
         return NutsState
 
@@ -155,36 +151,8 @@ class NUTS(Engine[NutsState]):
         return self.num_warmup + math.ceil(self.num_samples / _DRAWS_A_STEP)
 
     # ------------------------------------------------------------ what it works on
-    def task(self, model: Any, data: object, generator: torch.Generator) -> Task:
-        """A model with the capability ``Program``, or any function that calls ``pyro.sample``."""
-        if isinstance(model, Model) or not callable(model):
-            return super().task(model, data, generator)
-        call = arguments(model, data, dtype=self._dtype, device=self._device)
-        density = trace(
-            bound_program(model, call), dtype=self._dtype, generator=generator, traced=self.trace
-        )
-        adapter = FunctionModel(model, density, with_density(call, density))
-        return Task(
-            adapter,
-            adapter.arguments,
-            generator,
-            self._device,
-            self._dtype,
-            density.fingerprint(),
-        )
-
     def prepare(self, task: Task) -> Work:
-        if isinstance(task.model, FunctionModel):
-            density = task.model.density
-        else:
-            model, rows = task.model, task.data.tensor(task.dtype, task.device)
-            density = trace(
-                lambda: model.model(rows),
-                dtype=task.dtype,
-                # Not the run's own generator: a resumed run must find that where it left it.
-                generator=rng.make_generator(0, task.device),
-                traced=self.trace,
-            )
+        density = self.density_of(task)
         leapfrogs = 12 * (self.num_warmup + self.num_samples)
         speed = choose(
             density,
@@ -343,9 +311,7 @@ class NUTS(Engine[NutsState]):
                 f"NUTS stopped after {state.tick} steps, before the first draw: num_warmup is "
                 f"{self.num_warmup}. Let it run longer, or lower num_warmup."
             )
-        sites = work.density.constrain(state.draws[:, :count])
-        if not isinstance(task.model, FunctionModel):
-            sites = {name: value for name, value in sites.items() if name in task.model.dims}
+        sites = self.sites_of(task, work.density, state.draws[:, :count])
         statistics = dict(zip(STATISTICS, state.sample_stats[:, :count].unbind(-1), strict=True))
         statistics["diverging"] = statistics["diverging"] > 0.5
         for name in ("tree_depth", "n_steps"):
