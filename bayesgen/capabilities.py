@@ -71,6 +71,11 @@ class Model(ABC):
     def coords(self) -> Mapping[str, list[Any]]:
         """Labels along each named dimension, such as the names of the data's columns."""
 
+    @property
+    def attrs(self) -> Mapping[str, Any]:
+        """JSON values about the model that its fits record, such as its priors in words."""
+        return {}
+
     @abstractmethod
     def to_config(self) -> dict[str, Any]:
         """The bound model as nested dicts of JSON values and tensors."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.distributions import Distribution, Independent, constraints
 
 if TYPE_CHECKING:
     from bayesgen.prior_design import explore, solve_concentration
+    from bayesgen.prior_replacement import with_priors
 
 __all__ = [
     "GammaDirichlet",
@@ -30,6 +32,7 @@ __all__ = [
     "prior_from_config",
     "prior_to_config",
     "solve_concentration",
+    "with_priors",
 ]
 
 
@@ -195,7 +198,7 @@ def check_prior(
     Args:
         site: The site's name, for the message.
         prior: What the user gave.
-        support: Support that a distribution must have; compared by its kind.
+        support: Support of the site; a distribution's own must lie inside it.
         event_shape: Event shape that a distribution must have after broadcasting its batch shape.
         allowed: Description classes of this module that the site understands.
 
@@ -234,17 +237,36 @@ def check_prior(
 
 
 def _same_support(given: Any, wanted: Any) -> bool:
-    while isinstance(given, constraints.independent):
-        given = given.base_constraint
-    while isinstance(wanted, constraints.independent):
-        wanted = wanted.base_constraint
-    if wanted in (constraints.positive, constraints.unit_interval):
-        # Narrower is fine, and so is the end point that Gamma includes and LogNormal does not.
-        low, high = getattr(given, "lower_bound", None), getattr(given, "upper_bound", torch.inf)
-        top = 1.0 if wanted is constraints.unit_interval else torch.inf
-        inside = low is not None and float(torch.as_tensor(low).min()) >= 0.0
-        return inside and float(torch.as_tensor(high).max()) <= top and not given.is_discrete
-    return type(given) is type(wanted)
+    """Whether every value that a prior can take is one that its site can take."""
+    given, wanted = _plain(given), _plain(wanted)
+    if given.is_discrete != wanted.is_discrete:
+        return False
+    inner, outer = _bounds(given), _bounds(wanted)
+    if outer is None or given.is_discrete:
+        return type(given) is type(wanted)
+    if inner is None:  # vectors under a constraint of their own are real vectors
+        return wanted is constraints.real
+    # Narrower is fine, and so is the end point that Gamma includes and LogNormal does not.
+    low = torch.as_tensor(inner[0]).min() >= torch.as_tensor(outer[0]).max()
+    return bool(low and torch.as_tensor(inner[1]).max() <= torch.as_tensor(outer[1]).min())
+
+
+def _plain(support: Any) -> Any:
+    """A constraint of single entries; that of a mixture is of its components."""
+    wrapped = constraints.independent | constraints.MixtureSameFamilyConstraint
+    while isinstance(support, wrapped):
+        support = support.base_constraint
+    return support
+
+
+def _bounds(support: Any) -> tuple[Any, Any] | None:
+    """Ends of an interval; None of what is no interval."""
+    if support is constraints.real:
+        return -torch.inf, torch.inf
+    low, high = getattr(support, "lower_bound", None), getattr(support, "upper_bound", None)
+    if low is None and high is None:
+        return None
+    return (-torch.inf if low is None else low), (torch.inf if high is None else high)
 
 
 def describe(prior: object) -> str:
@@ -353,11 +375,16 @@ def _distribution_class(name: str) -> type[Distribution] | None:
     return None
 
 
-def __getattr__(name: str) -> Any:
-    """Import ``explore`` and ``solve_concentration`` on first use: they import this module."""
-    if name not in ("explore", "solve_concentration"):
-        raise AttributeError(f"module 'bayesgen.priors' has no attribute {name!r}")
-    from bayesgen import prior_design
+_ELSEWHERE = {
+    "explore": "bayesgen.prior_design",
+    "solve_concentration": "bayesgen.prior_design",
+    "with_priors": "bayesgen.prior_replacement",
+}
 
-    value = globals()[name] = getattr(prior_design, name)
+
+def __getattr__(name: str) -> Any:
+    """Import on first use what itself imports this module."""
+    if name not in _ELSEWHERE:
+        raise AttributeError(f"module 'bayesgen.priors' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_ELSEWHERE[name]), name)
     return value

@@ -5,12 +5,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["EM", "NUTS", "VB", "Gibbs"]
+__all__ = ["EM", "NUTS", "VB", "Gibbs", "prior_predictive"]
 
 if TYPE_CHECKING:
     from bayesgen.inference.em import EM
     from bayesgen.inference.gibbs import Gibbs
     from bayesgen.inference.nuts import NUTS
+    from bayesgen.inference.predictive import prior_predictive
     from bayesgen.inference.vb import VB
 
 _HOMES = {
@@ -18,6 +19,7 @@ _HOMES = {
     "Gibbs": "bayesgen.inference.gibbs",
     "NUTS": "bayesgen.inference.nuts",
     "VB": "bayesgen.inference.vb",
+    "prior_predictive": "bayesgen.inference.predictive",
 }
 
 

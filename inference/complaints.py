@@ -15,6 +15,7 @@ from torch.distributions import biject_to, constraints
 
 import bayesgen
 import bayesgen.distributions  # registers bijections that torch lacks
+from bayesgen.prior_replacement import PriorError
 
 __all__ = ["ProgramError", "bijection", "check_site", "check_trace", "explained", "user_line"]
 
@@ -164,7 +165,7 @@ def explained() -> Iterator[None]:
     """Turn Pyro's own complaints into ones that name the site, the line and the cure."""
     try:
         yield
-    except ProgramError as error:
+    except (ProgramError, PriorError) as error:
         # Pyro appends the shapes of the trace to whatever passes through it.
         raise ProgramError(str(error).split("\nTrace Shapes")[0].rstrip()) from None
     except (RuntimeError, ValueError, NotImplementedError, IndexError, TypeError) as error:

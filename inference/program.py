@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bayesgen.capabilities import Model, Pointwise, Tensors
 from bayesgen.inference.trace import Density
+from bayesgen.prior_replacement import Reprior
 from bayesgen.schema import Schema
 
 __all__ = ["Arguments", "FunctionModel", "arguments"]
@@ -141,6 +142,7 @@ class FunctionModel(Model, Pointwise):
             lines.append(f"  summed out: {', '.join(layout.enumerated)}")
         if layout.observed:
             lines.append(f"  observed: {', '.join(layout.observed)}")
+        lines += [f"  {site} ~ {prior}" for site, prior in self.priors.items()]
         return "\n".join(lines)
 
     @property
@@ -148,7 +150,16 @@ class FunctionModel(Model, Pointwise):
         """The function's name."""
         return str(getattr(self.function, "__name__", type(self.function).__name__))
 
+    @property
+    def priors(self) -> dict[str, str]:
+        """Priors that replace the program's own, in words."""
+        return self.function.priors if isinstance(self.function, Reprior) else {}
+
     # ------------------------------------------------------------ Model
+    @property
+    def attrs(self) -> dict[str, Any]:
+        return {"priors": self.priors} if self.priors else {}
+
     def bind(self, data: Any) -> Self:
         return self
 

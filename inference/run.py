@@ -171,6 +171,7 @@ class Engine(ABC, Generic[S]):
             "dtype": str(self._dtype).removeprefix("torch."),
             "device": str(self._device),
             "versions": _versions(),
+            **loop.task.model.attrs,
             **extra,
         }
         attrs["messages"] = [*loop.messages, *extra.get("messages", []), *_notes(data)]

@@ -181,6 +181,10 @@ class Mixture(Model, Program, Scored, Generative, Encoder, Conditional, Symmetri
     def dims(self) -> dict[str, tuple[str, ...]]:
         return {**self.mixing.dims, **self.family.dims, **self.family.invariant_dims}
 
+    @property
+    def attrs(self) -> dict[str, Any]:
+        return {"priors": {site: describe(prior) for site, prior in self.all_priors.items()}}
+
     def coords(self) -> dict[str, list[Any]]:
         return {"component": list(range(self.num_components)), **self.family.coords()}
 
