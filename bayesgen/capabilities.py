@@ -20,7 +20,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributions import Distribution
 
-    from bayesgen.conjugate import Block, Local
+    from bayesgen.conjugate import Block, Local, MarginalBlock
     from bayesgen.data import Dataset
     from bayesgen.symmetry import Symmetry
 
@@ -30,6 +30,7 @@ __all__ = [
     "Encoder",
     "Generative",
     "Model",
+    "Partitioned",
     "Pointwise",
     "Program",
     "Scored",
@@ -208,6 +209,48 @@ class Conjugate(ABC):
         """
 
     @abstractmethod
+    def start(
+        self,
+        x: Tensor,
+        *,
+        num_batch: int,
+        generator: torch.Generator,
+        varied: bool = False,
+    ) -> Mapping[str, Tensors]:
+        """Statistics of ``num_batch`` starting guesses of the latents of the rows of ``x``.
+
+        With ``varied`` they differ in size where that means anything: the first guess of a mixture
+        uses all components, the last two, and the others lie between.
+        """
+
+    @abstractmethod
+    def export(self, values: Mapping[str, Tensors]) -> dict[str, Tensor]:
+        """The blocks' sites as draws in the data's units, under their public names."""
+
+    @abstractmethod
+    def degenerate(self, values: Mapping[str, Tensors]) -> Tensor:
+        """``(...)`` whether the values sit where the likelihood has no maximum.
+
+        As when a component has collapsed onto a point.
+        """
+
+    @abstractmethod
+    def log_predictive(self, x: Tensor, posterior: Mapping[str, Tensors]) -> Tensor | None:
+        """Exact posterior predictive ``(n,)``; None where there is no closed form."""
+
+
+class Partitioned(Conjugate):
+    """A conjugate model whose rows each belong to one of several interchangeable components.
+
+    What the moves of variational Bayes and Gibbs ask for: they split, merge and relabel.
+    """
+
+    @property
+    @abstractmethod
+    def blocks(self) -> Mapping[str, MarginalBlock]:
+        """The conjugate blocks, ``"components"`` among them, each with its evidence."""
+
+    @abstractmethod
     def assigned(
         self, observed: Any, responsibilities: Tensor
     ) -> Mapping[str, Mapping[str, Tensor]]:
@@ -218,25 +261,6 @@ class Conjugate(ABC):
         """Rows as points ``(b, e)`` on one scale: distances there guide starts and splits."""
 
     @abstractmethod
-    def start(
-        self,
-        x: Tensor,
-        *,
-        num_batch: int,
-        generator: torch.Generator,
-        varied: bool = False,
-    ) -> Mapping[str, Tensors]:
-        """Statistics of ``num_batch`` random starting assignments of the rows of ``x``, by block.
-
-        Each assignment uses all components; with ``varied`` the first does, the last uses two, and
-        the others lie between.
-        """
-
-    @abstractmethod
-    def export(self, values: Mapping[str, Tensors]) -> dict[str, Tensor]:
-        """The blocks' sites as draws in the data's units, under their public names."""
-
-    @abstractmethod
     def occupancy(self, statistics: Mapping[str, Tensors]) -> Tensor:
         """``(..., K)`` rows that each component holds: what moves split and merge."""
 
@@ -245,16 +269,8 @@ class Conjugate(ABC):
         """``(..., J, b)`` scores of a batch under a message of any number ``J`` of components."""
 
     @abstractmethod
-    def degenerate(self, values: Mapping[str, Tensors]) -> Tensor:
-        """``(...)`` whether a component has collapsed onto a point."""
-
-    @abstractmethod
     def collapsible(self, observed: Any) -> bool:
         """Whether labels alone determine the statistics: no missing entry, no local scale."""
-
-    @abstractmethod
-    def log_predictive(self, x: Tensor, posterior: Mapping[str, Tensors]) -> Tensor | None:
-        """Exact posterior predictive ``(n,)``; None where there is no closed form."""
 
 
 C = TypeVar("C")
@@ -281,4 +297,5 @@ _ALL: tuple[type, ...] = (
     Conditional,
     Symmetric,
     Conjugate,
+    Partitioned,
 )

@@ -20,7 +20,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from bayesgen.capabilities import Tensors
 
-__all__ = ["Block", "Local", "add_statistics"]
+__all__ = ["Block", "Local", "MarginalBlock", "add_statistics"]
 
 
 class Local(NamedTuple):
@@ -89,6 +89,10 @@ class Block(ABC):
     @abstractmethod
     def natural(self, values: Tensors) -> Tensors:
         """The message for the local step at fixed values of the sites (EM and Gibbs)."""
+
+
+class MarginalBlock(Block):
+    """A block whose parameters integrate out in closed form: what moves between models compare."""
 
     @abstractmethod
     def log_evidence(self, statistics: Tensors, values: Tensors) -> Tensor:

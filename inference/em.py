@@ -154,8 +154,9 @@ class EM(Engine[Ascent]):
         messages = []
         if bool(collapsed[best]):
             messages.append(
-                "a component has collapsed onto a point, where the likelihood has no maximum; use "
-                "objective='posterior', fewer components or more starts."
+                "the likelihood has no maximum where this run ended, as when a component has "
+                "collapsed onto a point; use objective='posterior', a smaller model or more "
+                "starts."
             )
         draws = task.model.export(pick(state.parameters, best))
         return {

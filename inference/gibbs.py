@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from dataclasses import replace as replace_task
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 
-from bayesgen.capabilities import Conjugate
+from bayesgen.capabilities import Conjugate, Partitioned
 from bayesgen.data import Dataset
 from bayesgen.inference.checks import check_settings
 from bayesgen.inference.coordinate import Nested, stack
@@ -54,15 +54,16 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Gibbs(Engine[GibbsState]):
-    r"""Gibbs sampling: latents given parameters, parameters given latents, and split-merge moves.
+    r"""Gibbs sampling: latents given parameters, parameters given latents; split-merge moves.
 
     .. math:: z \sim p(z \mid x, \theta), \quad \theta \sim p(\theta \mid x, z)
 
-    All chains advance together as one batch of tensors. When labels alone determine the statistics
-    (no missing entries, no local scales) and the rows are in memory, each sweep also tries
-    split-merge moves with weights and parameters integrated out; a merge is what deletes a
-    component. Other data get one search by variational Bayes a chain as their start. Rows that
-    stream from disk are passed over at flat memory: only parameters and statistics are kept.
+    All chains advance together as one batch of tensors. For a mixture, when labels alone determine
+    the statistics (no missing entries, no local scales) and the rows are in memory, each sweep
+    also tries split-merge moves with weights and parameters integrated out; a merge is what
+    deletes a component. Other data of a mixture get one search by variational Bayes a chain as
+    their start. Rows that stream from disk are passed over at flat memory: only parameters and
+    statistics are kept.
 
     References:
         Diebolt & Robert (1994). Estimation of finite mixture distributions through Bayesian
@@ -70,11 +71,11 @@ class Gibbs(Engine[GibbsState]):
         Dirichlet process mixture model.
 
     Args:
-        num_chains: Chains, started from different k-means++ assignments.
+        num_chains: Chains, each from a start of its own.
         num_samples: Draws kept of each chain.
         num_warmup: Sweeps before the first draw is kept.
         thinning: Sweeps a draw.
-        num_moves: Split-merge attempts a sweep; 0 for none.
+        num_moves: Split-merge attempts a sweep of a mixture; 0 for none.
         batch_size: Rows of a chunk; None chooses chunks that fit the processor's cache.
         dtype: Precision of the products over rows; parameters are drawn in float64.
         device: Where to compute.
@@ -124,17 +125,23 @@ class Gibbs(Engine[GibbsState]):
             dtype=task.dtype,
             device=task.device,
         )
-        if not task.data.in_memory or self.num_moves == 0 or task.data.num_rows < 2:
+        model = task.model
+        movable = self._seeks(model) and task.data.in_memory and task.data.num_rows > 1
+        if not movable:
             return Work(source, None, None)
         rows = task.data.tensor(torch.float64, task.device)
-        observed = task.model.observe(rows, task.dtype)
-        if not task.model.collapsible(observed):
+        observed = model.observe(rows, task.dtype)
+        if not model.collapsible(observed):
             return Work(source, None, None)
-        return Work(source, observed, task.model.embed(rows).to(task.dtype))
+        return Work(source, observed, model.embed(rows).to(task.dtype))
+
+    def _seeks(self, model: object) -> TypeGuard[Partitioned]:
+        """Whether chains should look for clusters beyond their start."""
+        return self.num_moves > 0 and isinstance(model, Partitioned)
 
     def init(self, task: Task, work: Work) -> GibbsState:
         rows = work.source.rows(_START_ROWS, task.generator)
-        if work.observed is None and self.num_moves > 0:
+        if work.observed is None and self._seeks(task.model):
             start = self._settled(task, rows)
         else:
             start = task.model.start(rows, num_batch=self.num_chains, generator=task.generator)
@@ -149,7 +156,7 @@ class Gibbs(Engine[GibbsState]):
                 name: self._buffer(
                     torch.zeros(self.num_chains, dtype=torch.float64, device=task.device)
                 )
-                for name in ("lp", "log_likelihood", "num_occupied")
+                for name in self._statistics(task.model)
             },
             0,
             torch.zeros(self.num_chains, dtype=torch.float64, device=task.device),
@@ -191,16 +198,15 @@ class Gibbs(Engine[GibbsState]):
                 task, work, local.latents["labels"], statistics, state
             )
             accepted = accepted + gained
-        occupied = (task.model.occupancy(statistics) > 0.5).sum(-1).double()
         # Values and their own log likelihood are recorded together: the sweep above has just found
         # it.
-        self._record(task, state, local.bound, occupied)
+        found = {"log_likelihood": local.bound}
+        if isinstance(task.model, Partitioned):
+            found["num_occupied"] = (task.model.occupancy(statistics) > 0.5).sum(-1).double()
+        self._record(task, state, found)
         values = self._draw(task, statistics, state.values)
         info = Info(
-            {
-                "log_likelihood": float(local.bound.mean()),
-                "num_occupied": float(occupied.mean()),
-            },
+            {name: float(value.mean()) for name, value in found.items()},
             state.step + 1 == self.max_steps,
         )
         return state._replace(values=values, step=state.step + 1, accepted=accepted), info
@@ -239,21 +245,25 @@ class Gibbs(Engine[GibbsState]):
             gained = gained + moved.accepted
         return statistics, gained
 
-    def _record(
-        self, task: Task, state: GibbsState, log_likelihood: Tensor, occupied: Tensor
-    ) -> None:
+    @staticmethod
+    def _statistics(model: object) -> tuple[str, ...]:
+        """What is recorded of every draw."""
+        found = ("num_occupied",) if isinstance(model, Partitioned) else ()
+        return ("lp", "log_likelihood", *found)
+
+    def _record(self, task: Task, state: GibbsState, found: Mapping[str, Tensor]) -> None:
         kept = state.step - self.num_warmup
         if kept < 0 or kept % self.thinning:
             return
         index = kept // self.thinning
-        log_density = log_likelihood.clone()
+        log_density = found["log_likelihood"].clone()
         for name, block in task.model.blocks.items():
             for site, value in state.values[name].items():
                 state.draws[name][site][:, index] = value
             log_density = log_density + block.log_prior(state.values[name])
         state.sample_stats["lp"][:, index] = log_density
-        state.sample_stats["log_likelihood"][:, index] = log_likelihood
-        state.sample_stats["num_occupied"][:, index] = occupied
+        for name, value in found.items():
+            state.sample_stats[name][:, index] = value
 
     def finish(self, task: Task, work: Work, state: GibbsState) -> dict[str, Any]:
         kept = max(0, state.step - self.num_warmup)
@@ -266,7 +276,7 @@ class Gibbs(Engine[GibbsState]):
         draws = {b: {k: v[:, :count] for k, v in s.items()} for b, s in state.draws.items()}
         attempts = state.step * self.num_moves if work.observed is not None else 0
         messages = []
-        if self.num_moves and work.observed is None:
+        if work.observed is None and self._seeks(task.model):
             messages.append(
                 "split-merge moves were not used, since they need rows in memory, without missing "
                 "entries "

@@ -43,7 +43,7 @@ _BUDGET = 4_000_000
 
 def num_occupied(source: Source, statistics: Nested) -> Tensor:
     """``(...)`` components that hold at least half a row."""
-    return (source.model.occupancy(statistics) > OCCUPIED).sum(-1)
+    return (source.partitioned.occupancy(statistics) > OCCUPIED).sum(-1)
 
 
 def attempt(
@@ -58,7 +58,7 @@ def attempt(
         return state, False
     if kind == "detour":
         return _detour(rule, source, state, gain, generator)
-    components = source.model.occupancy(state.statistics).shape[-1]
+    components = source.partitioned.occupancy(state.statistics).shape[-1]
     size = max(2, min(40 if cheap else 12, _BUDGET // (source.num_rows * components)))
     for _ in range(_ROUNDS if kind == "shake" else 1):
         proposals = propose(source, state, generator)

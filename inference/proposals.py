@@ -43,16 +43,16 @@ def is_cheap(source: Source, state: Ascent) -> bool:
 
     Rows with holes or scales of their own cost far more than the products that are counted here.
     """
-    components = source.model.occupancy(state.statistics).shape[-1]
+    components = source.partitioned.occupancy(state.statistics).shape[-1]
     cost = source.num_rows * components * _SHAKES * source.model.row_size
     if source.num_rows > MAX_ROWS or cost > _CHEAP:
         return False
-    return all(source.model.collapsible(observed) for observed in source)
+    return all(source.partitioned.collapsible(observed) for observed in source)
 
 
 def _occupied(source: Source, state: Ascent) -> tuple[Tensor, Tensor, Tensor]:
     """Sizes ``(K,)``, occupied components by decreasing size, empty ones."""
-    size = source.model.occupancy(state.statistics)[0]
+    size = source.partitioned.occupancy(state.statistics)[0]
     order = size.argsort(descending=True)
     return size, order[size[order] > OCCUPIED], order[size[order] <= OCCUPIED]
 
@@ -81,7 +81,7 @@ def _evidence(source: Source, state: Ascent, candidates: Nested) -> Tensor:
     """Log evidence of candidates as if assignments were hard, ``(m,)``: for ranking only."""
     count = len(next(iter(next(iter(candidates.values())).values())))
     total = torch.zeros(count, dtype=torch.float64, device=state.objective.device)
-    for name, block in source.model.blocks.items():
+    for name, block in source.partitioned.blocks.items():
         part = block.log_evidence(candidates[name], state.parameters[name])
         total = total + part.reshape(count, -1).sum(-1)
     return total
@@ -108,7 +108,7 @@ def _copy(statistics: Nested) -> Nested:
 
 def _sorts(source: Source, state: Ascent, generator: torch.Generator) -> list[Nested]:
     """Components by decreasing size, which priors with an order prefer."""
-    order = source.model.occupancy(state.statistics)[0].argsort(descending=True, stable=True)
+    order = source.partitioned.occupancy(state.statistics)[0].argsort(descending=True, stable=True)
     if bool((order.diff() == 1).all()):
         return []
     ordered: Nested = {
@@ -120,7 +120,7 @@ def _sorts(source: Source, state: Ascent, generator: torch.Generator) -> list[Ne
 # ------------------------------------------------------------ by labels of rows
 def _splits(source: Source, state: Ascent, generator: torch.Generator) -> list[Nested]:
     """Each component cut in two by 2-means on its own rows, the largest first."""
-    model = source.model
+    model = source.partitioned
     size, occupied, empty = _occupied(source, state)
     if len(empty) == 0:
         return []
@@ -170,7 +170,7 @@ def _remixes(source: Source, state: Ascent, generator: torch.Generator) -> list[
     order = _evidence(source, state, pooled).argsort(descending=True)[: _SHAKES // _REMIXES]
     rows = source.rows(MAX_ROWS, generator)
     labels, _ = _labels(source, state, rows)
-    points, moved = source.model.embed(rows), []
+    points, moved = source.partitioned.embed(rows), []
     for first, second in pairs[order].tolist():
         own = torch.nonzero((labels == first) | (labels == second)).squeeze(-1)
         for _ in range(_REMIXES):
@@ -210,7 +210,10 @@ def _relabelled(
 ) -> list[Nested]:
     observed = source.model.observe(rows)
     return [
-        {b: dict(s) for b, s in source.model.assigned(observed, _hot(new, components)).items()}
+        {
+            b: dict(s)
+            for b, s in source.partitioned.assigned(observed, _hot(new, components)).items()
+        }
         for new in labels
     ]
 
@@ -230,7 +233,7 @@ def _labels(source: Source, state: Ascent, rows: Tensor) -> tuple[Tensor, Tensor
         observed = source.model.observe(chunk)
         local = source.model.local(observed, messages)
         best = local.latents["responsibilities"][0].argmax(0)
-        scores = source.model.component_scores(observed, messages["components"])[0]
+        scores = source.partitioned.component_scores(observed, messages["components"])[0]
         labels.append(best)
         log_density.append(scores.gather(0, best.unsqueeze(0)).squeeze(0))
     return torch.cat(labels), torch.cat(log_density)

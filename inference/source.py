@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from bayesgen.capabilities import Partitioned, require
 from bayesgen.conjugate import Local, add_statistics
 
 if TYPE_CHECKING:
@@ -58,6 +59,11 @@ class Source:
         if data.in_memory and self.device.type != "cpu":
             self._rows = data.tensor(torch.float64, self.device)
         self._kept: list[Any] | None = None
+
+    @property
+    def partitioned(self) -> Partitioned:
+        """The model, whose components moves may split, merge and relabel."""
+        return require(self.model, Partitioned, "a move between components")
 
     @property
     def num_batches(self) -> int:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from bayesgen.capabilities import Conjugate, Tensors
+    from bayesgen.capabilities import Partitioned, Tensors
 
 __all__ = ["Moved", "split_merge"]
 
@@ -46,7 +46,7 @@ def _hot(labels: Tensor, num_components: int, dtype: torch.dtype) -> Tensor:
 
 
 def split_merge(
-    model: Conjugate,
+    model: Partitioned,
     observed: Any,
     points: Tensor,
     labels: Tensor,
@@ -138,7 +138,7 @@ def _choose(accepted: Tensor, new: Tensor, old: Tensor) -> Tensor:
 
 
 def _log_evidence(
-    model: Conjugate, statistics: Mapping[str, Tensors], values: Mapping[str, Tensors]
+    model: Partitioned, statistics: Mapping[str, Tensors], values: Mapping[str, Tensors]
 ) -> Tensor:
     total: Tensor | float = 0.0
     for name, block in model.blocks.items():
@@ -149,7 +149,7 @@ def _log_evidence(
 
 
 def _launch(
-    model: Conjugate,
+    model: Partitioned,
     observed: Any,
     points: Tensor,
     pooled: Tensor,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bayesgen.capabilities import Conjugate
+from bayesgen.capabilities import Conjugate, Partitioned
 from bayesgen.inference.checks import check_settings
 from bayesgen.inference.coordinate import (
     Ascent,
@@ -87,11 +87,12 @@ class VB(Engine[VBState]):
 
     .. math:: \mathrm{ELBO} = E_q[\log p(x, z, \theta) - \log q(z)\,q(\theta)] \le \log p(x)
 
-    Several k-means++ starts, from two clusters to all components, climb in one batch; the best
-    goes on with moves that merge, delete, split or sort components and, on small data, relabel
-    rows at random. Each is accepted only if the exact ELBO of all the data rises, so the number
-    of clusters is not left to the start. ``fit.history["elbo"]`` never falls under the schedules
-    ``"full"`` and ``"memoised"`` (a fall beyond rounding raises).
+    Several starts climb in one batch (for a mixture by k-means++, from two clusters to all
+    components). Where rows belong to components, the best goes on with moves that merge, delete,
+    split or sort them and, on small data, relabel rows at random. Each is accepted only if the
+    exact ELBO of all the data rises, so the number of clusters is not left to the start.
+    ``fit.history["elbo"]`` never falls under the schedules ``"full"`` and ``"memoised"`` (a fall
+    beyond rounding raises).
 
     References:
         Attias (2000). A variational Bayesian framework for graphical models. Hughes & Sudderth
@@ -99,10 +100,11 @@ class VB(Engine[VBState]):
         Hoffman, Blei, Wang & Paisley (2013). Stochastic variational inference.
 
     Args:
-        num_starts: k-means++ starts.
+        num_starts: Starts, as the model makes them.
         tolerance: Converged when the ELBO rises by less than this, in nats a row.
         max_steps: Steps at most; a step is a pass over the data, or one round of moves.
-        moves: Whether to search by moves after the ascent of the starts.
+        moves: Whether to search by moves after the ascent of the starts; a model without
+            components has none.
         num_samples: Draws from the variational posterior that the fit holds.
         schedule: ``"full"`` passes (exact, also when streamed from disk), ``"memoised"`` (exact;
             the posterior moves after every minibatch) or ``"stochastic"`` (Robbins-Monro).
@@ -159,24 +161,22 @@ class VB(Engine[VBState]):
             new = self._move(task, work, state)
         else:
             new = self._climb(work, state)
-        done = new.phase == "done"
-        return new, Info(
-            {
-                "elbo": float(new.objective.max()),
-                "num_occupied": float(num_occupied(work, new.statistics)[new.objective.argmax()]),
-            },
-            done,
-        )
+        values = {"elbo": float(new.objective.max())}
+        if isinstance(task.model, Partitioned):
+            occupied = num_occupied(work, new.statistics)
+            values["num_occupied"] = float(occupied[new.objective.argmax()])
+        return new, Info(values, new.phase == "done")
 
     def _climb(self, work: Source, state: VBState) -> VBState:
         new = ascend(_Expectation(), work, state.ascent, self.schedule)
         self._check_rise(state.objective, new.objective)
         change = float((new.objective - state.objective).abs().max()) / work.num_rows
         # Moves and the polish climb on: starts only need to tell which of them is best.
-        rough = self.moves and state.phase == "starts"
+        moves = self.moves and isinstance(work.model, Partitioned)
+        rough = moves and state.phase == "starts"
         if change > (max(self.tolerance, _ROUGH) if rough else self.tolerance):
             return VBState(*new, state.phase, state.kind, state.failures)
-        if state.phase == "polish" or not self.moves:
+        if state.phase == "polish" or not moves:
             return VBState(*new, "done", state.kind, state.failures)
         return VBState(*self._best(new), "moves", 0, 0)
 
@@ -225,12 +225,11 @@ class VB(Engine[VBState]):
             for name, block in task.model.blocks.items()
         }
         draws = task.model.export(values)
+        attrs = {"elbo": float(best.objective[0]), "num_passes": exact.num_passes}
+        if isinstance(task.model, Partitioned):
+            attrs["num_occupied"] = int(num_occupied(work, best.statistics)[0])
         return {
             "draws": {name: value.unsqueeze(0) for name, value in draws.items()},
             "posterior": posterior,
-            "attrs": {
-                "elbo": float(best.objective[0]),
-                "num_occupied": int(num_occupied(work, best.statistics)[0]),
-                "num_passes": exact.num_passes,
-            },
+            "attrs": attrs,
         }

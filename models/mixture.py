@@ -16,10 +16,10 @@ from torch import Tensor
 from bayesgen import rng
 from bayesgen.capabilities import (
     Conditional,
-    Conjugate,
     Encoder,
     Generative,
     Model,
+    Partitioned,
     Program,
     Scored,
     Symmetric,
@@ -33,7 +33,7 @@ from bayesgen.symmetry import LabelPermutation
 
 if TYPE_CHECKING:
     from bayesgen.capabilities import Tensors
-    from bayesgen.conjugate import Block
+    from bayesgen.conjugate import MarginalBlock
     from bayesgen.data import Dataset
     from bayesgen.models.families.base import Family
 
@@ -98,7 +98,7 @@ def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True, eq=False)
-class Mixture(Model, Program, Scored, Generative, Encoder, Conditional, Symmetric, Conjugate):
+class Mixture(Model, Program, Scored, Generative, Encoder, Conditional, Symmetric, Partitioned):
     r"""A Bayesian mixture of ``num_components`` components of one family.
 
     .. math::
@@ -263,7 +263,7 @@ class Mixture(Model, Program, Scored, Generative, Encoder, Conditional, Symmetri
 
     # ------------------------------------------------------------ Conjugate
     @cached_property
-    def blocks(self) -> Mapping[str, Block]:
+    def blocks(self) -> Mapping[str, MarginalBlock]:
         components = self.family.block
         return {"weights": self.mixing.block(self.family.device), "components": components}
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch.distributions import Distribution
 
     from bayesgen.capabilities import Tensors
-    from bayesgen.conjugate import Block
+    from bayesgen.conjugate import MarginalBlock
     from bayesgen.data import Dataset
 
 __all__ = ["Evaluation", "Family", "refuse_categories"]
@@ -67,7 +67,7 @@ class Family(ABC):
 
     @property
     @abstractmethod
-    def block(self) -> Block:
+    def block(self) -> MarginalBlock:
         """The conjugate block; ``TypeError`` when a prior was given that is not conjugate."""
 
     @property

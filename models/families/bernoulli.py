@@ -12,7 +12,7 @@ from torch.distributions import constraints
 from torch.nn.functional import logsigmoid
 
 from bayesgen import rng
-from bayesgen.conjugate import Block
+from bayesgen.conjugate import MarginalBlock
 from bayesgen.models.families.factorised import (
     Batch,
     Entries,
@@ -39,7 +39,7 @@ def _pack(log_probs: Tensor, log_rest: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class BetaBlock(Block):
+class BetaBlock(MarginalBlock):
     r"""``probs ~ Beta``, one a component and column; kept as ``logits``, exact near 0 and 1.
 
     Modes are taken in the basis of the logits, where sparse priors too have an interior mode,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bayesgen import rng
-from bayesgen.conjugate import Block
+from bayesgen.conjugate import MarginalBlock
 
 if TYPE_CHECKING:
     from bayesgen.capabilities import Tensors
@@ -64,7 +64,7 @@ class Levels:
 
 
 @dataclass(frozen=True)
-class DirichletColumnsBlock(Block):
+class DirichletColumnsBlock(MarginalBlock):
     r"""``probs ~ Dirichlet``, one a component and column; kept as packed ``log_probs``.
 
     Modes are taken in the softmax basis, where sparse priors too have an interior mode,

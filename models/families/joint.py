@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
-from bayesgen.conjugate import Block
+from bayesgen.conjugate import MarginalBlock
 
 if TYPE_CHECKING:
     from bayesgen.capabilities import Tensors
@@ -30,14 +30,14 @@ def merge(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class ProductBlock(Block):
+class ProductBlock(MarginalBlock):
     """Independent blocks side by side, the keys of each with its name before.
 
     Args:
         blocks: By name.
     """
 
-    blocks: Mapping[str, Block]
+    blocks: Mapping[str, MarginalBlock]
 
     @property
     def sites(self) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from bayesgen import rng
-from bayesgen.conjugate import Block
+from bayesgen.conjugate import MarginalBlock
 
 if TYPE_CHECKING:
     from bayesgen.capabilities import Tensors
@@ -50,7 +50,7 @@ def diagonal_natural(
 
 
 @dataclass(frozen=True)
-class NormalInverseGammaBlock(Block):
+class NormalInverseGammaBlock(MarginalBlock):
     """Conjugate block over ``loc`` and ``variance``; hyperparameters in centred coordinates.
 
     Args:

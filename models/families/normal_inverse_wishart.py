@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from bayesgen import rng
-from bayesgen.conjugate import Block
+from bayesgen.conjugate import MarginalBlock
 from bayesgen.distributions import InverseWishartCholesky
 from bayesgen.models.families.quadratic import pack_natural, safe_cholesky, unpack_moments
 
@@ -62,7 +62,7 @@ def _symmetric(matrix: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class NormalInverseWishartBlock(Block):
+class NormalInverseWishartBlock(MarginalBlock):
     """Conjugate block over ``loc`` and ``scale_tril``; hyperparameters in centred coordinates.
 
     Args:

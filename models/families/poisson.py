@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from bayesgen import rng
-from bayesgen.conjugate import Block
+from bayesgen.conjugate import MarginalBlock
 from bayesgen.models.families.base import refuse_categories
 from bayesgen.models.families.factorised import (
     Batch,
@@ -45,7 +45,7 @@ def _log_base(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class GammaBlock(Block):
+class GammaBlock(MarginalBlock):
     r"""``rate ~ Gamma``, one a component and column; kept as ``log_rate``, exact near 0.
 
     Modes are taken in the basis of the log rate, where sparse priors too have an interior mode,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bayesgen import rng
-from bayesgen.conjugate import Block
+from bayesgen.conjugate import MarginalBlock
 from bayesgen.models.families.base import Evaluation, Family, refuse_categories
 from bayesgen.models.families.degrees_of_freedom import DegreesOfFreedom, log_constant
 from bayesgen.models.families.factorised import by_component, sample_site
@@ -38,7 +38,7 @@ _START_DF = 8.0
 
 
 @dataclass(frozen=True)
-class StudentTBlock(Block):
+class StudentTBlock(MarginalBlock):
     """Location and scale matrix by the normal-inverse-Wishart block, degrees of freedom beside.
 
     Statistics are ``moments`` weighted by the local scales, ``count`` of the rows, and

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bayesgen import rng
-from bayesgen.conjugate import Block
+from bayesgen.conjugate import MarginalBlock
 
 if TYPE_CHECKING:
     from bayesgen.capabilities import Tensors
@@ -27,7 +27,7 @@ __all__ = ["DirichletBlock", "GammaDirichletBlock", "StickBreakingBlock", "Weigh
 _TINY = 1e-300
 
 
-class WeightsBlock(Block):
+class WeightsBlock(MarginalBlock):
     """A block over ``log_weights``; its statistics are the counts of the components."""
 
     @property
