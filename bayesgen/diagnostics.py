@@ -42,7 +42,7 @@ def to_arviz(
 ) -> Any:
     """The fit as ``InferenceData`` (ArviZ 0.2x) or ``DataTree`` (1.x), through ``from_dict``.
 
-    ``posterior`` holds aligned draws and the label-invariant quantities, with dimensions and
+    ``posterior`` holds aligned draws and the invariant quantities, with dimensions and
     coordinates named by the model and the data's columns; ``log_likelihood`` is pointwise, as
     ``az.loo`` and ``az.compare`` need it. A group that would not fit is left out, and its
     attribute ``<group>_skipped`` says why.
@@ -168,7 +168,7 @@ def replicate(fit: Fit, num_rows: int, num_replicates: int, *, seed: int = 0) ->
 
 
 def invariants(fit: Fit) -> dict[str, Tensor]:
-    """Quantities that relabelling leaves alone, each ``(chain, draw, ...)``; empty if none."""
+    """Quantities that the symmetry leaves alone, each ``(chain, draw, ...)``; empty if none."""
     found = dict(fit.model.invariants(fit.draws)) if isinstance(fit.model, Symmetric) else {}
     if "num_occupied" in fit.sample_stats:  # the labels are gone, but the engine counted them
         found.setdefault("num_occupied", fit.sample_stats["num_occupied"].to(torch.float64))
@@ -181,7 +181,7 @@ def _numpy(values: Mapping[str, Tensor]) -> Arrays:
 
 # ---------------------------------------------------------------- agreement of engines
 def agreement(fits: Mapping[str, Fit], x: object = None) -> pd.DataFrame:
-    """Where fits of one model by several engines differ, in label-invariant quantities.
+    """Where fits of one model by several engines differ, in invariant quantities.
 
     Compares the mean log density of ``x``, the model's invariants, and the occupied weights sorted
     within each draw. The first fit is the reference.

@@ -219,7 +219,8 @@ class Fit:
         """Posterior mean of each row's latent, averaged over aligned draws.
 
         For labels these are responsibilities ``(n, K)``, summing to one; components are those of
-        :attr:`aligned`, ordered by decreasing weight.
+        :attr:`aligned`, ordered by decreasing weight. Of a factor model they are scores ``(n, q)``
+        along the directions of :attr:`aligned`, ordered by decreasing variance.
         """
         model = require(self.model, Encoder, "encode")
         return torch.cat(
@@ -248,7 +249,7 @@ class Fit:
 
     @cached_property
     def aligned(self) -> Alignment:
-        """The draws after relabelling, with a report of how sure the labels are."""
+        """The draws after alignment - labels, rotation, signs -, and how sure it is."""
         if not isinstance(self.model, Symmetric):
             return Alignment(dict(self.draws))
         probabilities = None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bayesgen.arviz_groups import convert, labels, summarise
+from bayesgen.capabilities import Symmetric
 from bayesgen.diagnostics import invariants
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ _ESS = 100.0  # for each chain; of short chains a quarter of the draws
 class Summary:
     """The posterior's table, and whether it can be trusted; ``str`` and ``print`` tell.
 
-    R-hat and effective sample sizes are ArviZ's, of aligned draws and of the label-invariant
+    R-hat and effective sample sizes are ArviZ's, of aligned draws and of the invariant
     quantities; empty components are exchangeable and take no part in the verdict.
 
     Args:
@@ -52,19 +53,19 @@ class Summary:
     def table(self) -> pd.DataFrame:
         """ArviZ's summary of every entry: mean, sd, interval, ``ess_bulk``, ``r_hat``, ...
 
-        Label-invariant quantities come first. Sites that would make it longer than 1,000 rows are
+        Invariant quantities come first. Sites that would make it longer than 1,000 rows are
         left out, see :attr:`left_out`; ``arviz.summary(fit.arviz)`` has them.
         """
         return self._summarise(self._chosen)
 
     @property
     def invariants(self) -> pd.DataFrame:
-        """The rows of :attr:`table` that relabelling leaves alone."""
+        """The rows of :attr:`table` that the symmetry leaves alone."""
         return self.table.loc[self._names(invariants(self.fit))]
 
     @cached_property
     def raw(self) -> pd.DataFrame:
-        """The table of the draws as the engine left them, labels not aligned."""
+        """The table of the draws as the engine left them, not aligned."""
         chosen = {k: v for k, v in self.fit.draws.items() if k in self._chosen}
         return self._summarise(chosen)
 
@@ -98,7 +99,7 @@ class Summary:
 
     @property
     def is_converged(self) -> bool:
-        """Whether the engine converged and the chains mixed; ambiguous labels do not count."""
+        """Whether the engine converged and the chains mixed; ambiguity does not count."""
         return not any(p for p in self.problems if p != self.fit.aligned.message)
 
     def _mixing(self, judged: pd.DataFrame) -> list[str]:
@@ -119,13 +120,14 @@ class Summary:
 
     def _judged(self) -> list[str]:
         """Entries that bear on the verdict: none of empty or confused components."""
-        aligned = self.fit.aligned
+        aligned, model = self.fit.aligned, self.fit.model
+        counted = model.symmetry.dim if isinstance(model, Symmetric) else ""
         readable = None if aligned.elements is None else set(aligned.identified)
         names = []
         for name, value in self._chosen.items():
             names_here = self._labels(name, value)
             dims = self.fit.model.dims.get(name, ())
-            axis = dims.index("component") if "component" in dims else None
+            axis = dims.index(counted) if counted in dims else None
             keep = [
                 axis is None or readable is None or index[axis] in readable
                 for index in np.ndindex(*value.shape[2:])

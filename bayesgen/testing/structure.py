@@ -9,7 +9,6 @@ import torch
 
 from bayesgen import rng
 from bayesgen.capabilities import Conditional, Encoder, Program, Scored, Symmetric
-from bayesgen.symmetry import LabelPermutation
 from bayesgen.testing.cases import ModelCase, close, scored
 
 __all__ = [
@@ -94,14 +93,11 @@ def check_symmetry(case: ModelCase) -> None:
     assert isinstance(case.model, Symmetric)
     symmetry = case.model.symmetry
     draws = {name: value[None] for name, value in case.draws.items()}
-    if not isinstance(symmetry, LabelPermutation):
-        return
-    generator = rng.make_generator(0)
-    order = torch.rand(1, case.num_draws, symmetry.num_components, generator=generator).argsort(-1)
-    moved = symmetry.apply(draws, order.to(next(iter(draws.values())).device))
+    elements = symmetry.random((1, case.num_draws), generator=rng.make_generator(0))
+    moved = symmetry.apply(draws, elements.to(next(iter(draws.values())).device))
     if isinstance(case.model, Scored):
         left, right = case.model.log_prob(case.x, draws), case.model.log_prob(case.x, moved)
-        close(left, right, "relabelling changes log_prob")
+        close(left, right, "the group changes log_prob")
     here, there = case.model.invariants(draws), case.model.invariants(moved)
     assert set(here).isdisjoint(draws), f"invariants {sorted(set(here) & set(draws))} name sites"
     for name, value in here.items():

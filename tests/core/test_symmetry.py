@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from bayesgen import rng
 from bayesgen.arviz_groups import import_arviz
-from bayesgen.symmetry import LabelPermutation, _assign, align, match
+from bayesgen.symmetry import LabelPermutation, align, match
+from bayesgen.symmetry.labels import assign
 from bayesgen.toys import UnitMixture, pretend
 
 __all__: list[str] = []
@@ -95,7 +96,7 @@ def test_impossible_groups_are_refused():
 @given(st.integers(0, 2**31), st.integers(1, 5))
 def test_assignment_is_optimal(seed, size):
     matrix = torch.rand(3, size, size, generator=rng.make_generator(seed), dtype=torch.float64)
-    found = _assign(matrix)
+    found = assign(matrix)
     for s in range(3):
         cost = matrix[s, found[s], torch.arange(size)].sum()
         best = min(

@@ -1,14 +1,7 @@
-"""Label switching: relabelling draws of a model whose posterior is unchanged by a group.
-
-A mixture's likelihood does not change when its components are renumbered, so its draws must be
-aligned before R-hat, effective sample sizes or means of single components say anything.
-Quantities that the group leaves alone (:meth:`~bayesgen.capabilities.Symmetric.invariants`) need
-no alignment and are reported beside.
-"""
+"""Label switching: draws of a mixture relabelled until components mean the same everywhere."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,92 +11,35 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from bayesgen.symmetry.base import PRESENT, Alignment, Symmetry
+
 if TYPE_CHECKING:
     from bayesgen.capabilities import Tensors
     from bayesgen.fit import Fit
 
-__all__ = ["Alignment", "LabelPermutation", "Symmetry", "align", "match"]
+__all__ = ["LabelPermutation", "assign", "match"]
 
 _SMOOTHING = 1e-6  # keeps log(reference) finite where the reference draw gives a row no weight
 _SETTLED = 1e-6  # relative change of the mean cost at which relabelling ends
-_PRESENT = 0.95  # the means of a component that is empty in more draws mix in its prior
 _AMBIGUOUS = 0.05  # a pair is confused when this share of its draws could as well be swapped
-
-
-@dataclass(frozen=True, eq=False)
-class Alignment:
-    """Draws after relabelling, and how sure the labels are.
-
-    Args:
-        draws: The aligned draws, ``(chain, draw, *event)`` by site.
-        elements: The group element applied to each draw; for labels the permutation ``(chain,
-            draw, K)`` with ``aligned[k] = original[elements[k]]``. None when there was nothing to
-            align.
-        cost: ``(chain, draw)`` distance of each aligned draw from the mean, in nats over the
-            anchor rows (or in squared standard deviations when parameters were compared).
-        ambiguity: ``(K, K)``, for each pair of components the share of draws in which they could
-            as well be swapped: 0 is identified, 1 is exchangeable. None when there was nothing to
-            align.
-        is_ambiguous: Whether occupied components are confused.
-        message: The same in one or two sentences.
-        occupancy: ``(K,)`` mean share of the rows (else mean weight) of each component,
-            decreasing.
-        presence: ``(K,)`` share of the draws in which each component holds any rows.
-        empty: Components of negligible occupancy. They are exchangeable by nature: their order,
-            and their R-hat, mean nothing.
-        confused: Pairs of occupied components that could as well be swapped.
-        num_steps: Rounds of relabelling until nothing moved.
-    """
-
-    draws: dict[str, Tensor]
-    elements: Tensor | None = None
-    cost: Tensor | None = None
-    ambiguity: Tensor | None = None
-    is_ambiguous: bool = False
-    message: str = "the model has no symmetry: nothing to align"
-    occupancy: Tensor | None = None
-    presence: Tensor | None = None
-    empty: tuple[int, ...] = ()
-    confused: tuple[tuple[int, int], ...] = ()
-    num_steps: int = 0
-
-    @property
-    def identified(self) -> tuple[int, ...]:
-        """Components that live in nearly every draw and are not confused with another."""
-        if self.presence is None:
-            return ()
-        taken = {k for pair in self.confused for k in pair} | set(self.empty)
-        here = (self.presence >= _PRESENT).tolist()
-        return tuple(k for k, present in enumerate(here) if present and k not in taken)
-
-
-class Symmetry(ABC):
-    """A group acting on the draws of some sites."""
-
-    @property
-    @abstractmethod
-    def sites(self) -> tuple[str, ...]:
-        """The sites it acts on."""
-
-    @abstractmethod
-    def apply(self, draws: Tensors, elements: Tensor) -> dict[str, Tensor]:
-        """Move each draw by its group element; sites that the group leaves alone pass through."""
-
-    @abstractmethod
-    def align(
-        self,
-        draws: Tensors,
-        *,
-        responsibilities: Tensor | None = None,
-        log_density: Tensor | None = None,
-        max_steps: int = 50,
-    ) -> Alignment:
-        """Align the draws with each other; see :func:`align`."""
 
 
 @dataclass(frozen=True)
 class LabelPermutation(Symmetry):
-    """The permutations of ``num_components`` labels.
+    r"""The permutations of ``num_components`` labels, aligned by Stephens' algorithm.
+
+    With responsibilities :math:`p^{(s)}_{ik}` of anchor rows it alternates, from the draw of
+    highest density on,
+
+    .. math::
+        \sigma_s = \arg\min_\sigma \sum_{i,k} p^{(s)}_{i\sigma(k)} \log
+        \frac{p^{(s)}_{i\sigma(k)}}{q_{ik}}, \qquad q_{ik} = \frac1S \sum_s p^{(s)}_{i\sigma_s(k)}
+
+    until nothing moves. Each :math:`\sigma_s` is an exact linear assignment. Without
+    responsibilities it compares parameters, standardised by their spread within components.
+
+    References:
+        Stephens (2000). Dealing with label switching in mixture models. JRSS B 62.
 
     Args:
         num_components: How many labels.
@@ -112,12 +48,16 @@ class LabelPermutation(Symmetry):
             transition matrix of a hidden Markov model.
         weights: The site of the mixing weights, used to order the components; None when there is
             none.
+        dim: Name of the dimension that counts components.
+
+    Raises:
+        ValueError: No component, or no axis.
 
     Example:
         >>> symmetry = LabelPermutation(2, {"weights": 0, "loc": 0})
         >>> draws = {"weights": torch.tensor([[[0.7, 0.3], [0.3, 0.7]]]),
         ...          "loc": torch.tensor([[[0.0, 5.0], [5.1, 0.1]]])}
-        >>> align(draws, symmetry).draws["loc"]
+        >>> symmetry.align(draws).draws["loc"]
         tensor([[[0.0000, 5.0000],
                  [0.1000, 5.1000]]])
     """
@@ -125,6 +65,7 @@ class LabelPermutation(Symmetry):
     num_components: int
     axes: Mapping[str, int | tuple[int, ...]]
     weights: str | None = "weights"
+    dim: str = "component"
 
     def __post_init__(self) -> None:
         if self.num_components < 1:
@@ -135,6 +76,10 @@ class LabelPermutation(Symmetry):
     @property
     def sites(self) -> tuple[str, ...]:
         return tuple(self.axes)
+
+    def random(self, shape: tuple[int, ...], *, generator: torch.Generator) -> Tensor:
+        size = (*shape, self.num_components)
+        return torch.rand(size, generator=generator, device=generator.device).argsort(-1)
 
     def apply(self, draws: Tensors, elements: Tensor) -> dict[str, Tensor]:
         self._check(draws)
@@ -236,53 +181,8 @@ class LabelPermutation(Symmetry):
         return torch.cat([part.to(torch.float64) for part in parts], dim=-1)
 
 
-def align(
-    draws: Tensors,
-    symmetry: Symmetry,
-    *,
-    responsibilities: Tensor | None = None,
-    log_density: Tensor | None = None,
-    max_steps: int = 50,
-) -> Alignment:
-    r"""Move every draw by the group element that brings it closest to the others.
-
-    For labels this is Stephens' algorithm: with responsibilities :math:`p^{(s)}_{ik}` of anchor
-    rows it alternates, from the draw of highest density on,
-
-    .. math::
-        \sigma_s = \arg\min_\sigma \sum_{i,k} p^{(s)}_{i\sigma(k)} \log
-        \frac{p^{(s)}_{i\sigma(k)}}{q_{ik}}, \qquad q_{ik} = \frac1S \sum_s p^{(s)}_{i\sigma_s(k)}
-
-    until nothing moves. Each :math:`\sigma_s` is an exact linear assignment. Without
-    responsibilities it compares parameters, standardised by their spread within components.
-
-    References:
-        Stephens (2000). Dealing with label switching in mixture models. JRSS B 62.
-
-    Args:
-        draws: ``(chain, draw, *event)`` by site.
-        symmetry: The group.
-        responsibilities: ``(chain, draw, n, K)`` of a few hundred anchor rows.
-        log_density: ``(chain, draw)``; its maximum is the first reference.
-        max_steps: Rounds at most.
-
-    Raises:
-        ValueError: Sites missing, or of the wrong shape.
-    """
-    if not draws:
-        raise ValueError("draws is empty: there is nothing to align.")
-    if responsibilities is not None and responsibilities.ndim != 4:
-        raise ValueError(
-            f"responsibilities have shape {tuple(responsibilities.shape)}, but "
-            "(chain, draw, n, K) is needed."
-        )
-    return symmetry.align(
-        draws, responsibilities=responsibilities, log_density=log_density, max_steps=max_steps
-    )
-
-
 def match(reference: Fit, fit: Fit, x: object = None) -> Tensor:
-    """Which component of ``fit`` is which of ``reference``.
+    """Which component of ``fit`` is which of ``reference``, for mixtures.
 
     Compares mean responsibilities of the same rows, so that fits of different engines line up.
 
@@ -293,9 +193,21 @@ def match(reference: Fit, fit: Fit, x: object = None) -> Tensor:
 
     Returns:
         ``(K_reference,)`` integers, ``-1`` where ``fit`` has no component left.
+
+    Raises:
+        TypeError: A model without a :class:`LabelPermutation`.
     """
+    from bayesgen.capabilities import Symmetric
     from bayesgen.data import Dataset
 
+    for fit_ in (reference, fit):
+        symmetry = fit_.model.symmetry if isinstance(fit_.model, Symmetric) else None
+        if not isinstance(symmetry, LabelPermutation):
+            raise TypeError(
+                f"match compares fits of models with a LabelPermutation, but "
+                f"{type(fit_.model).__name__} has none. Loadings are lined up by "
+                "bayesgen.symmetry.rotate_onto."
+            )
     rows = Dataset.from_codes(reference.anchors, reference.schema) if x is None else x
     left, right = reference.encode(rows).cpu(), fit.encode(rows).cpu()
     cost = -(left.sqrt().mT @ right.sqrt()).numpy()  # Bhattacharyya affinity of the columns
@@ -362,7 +274,7 @@ def _relabel(
     matrix, step, last = costs.matrix(reference), 0, torch.inf
     while step < max_steps:
         step += 1
-        permutations = _assign(matrix)
+        permutations = assign(matrix)
         matrix = costs.matrix(costs.reference(permutations, everything))
         cost = float(matrix.gather(1, permutations.unsqueeze(1)).sum(-1).mean())
         if cost > last - _SETTLED * (1.0 + abs(last)):
@@ -371,7 +283,7 @@ def _relabel(
     return permutations, matrix.gather(1, permutations[..., None].expand_as(matrix)), step
 
 
-def _assign(matrix: Tensor) -> Tensor:
+def assign(matrix: Tensor) -> Tensor:
     """Best label for each component of each draw: ``(s, K)``, the component under each label."""
     best = matrix.argmin(-2)  # the component that each label would like most
     clash = (best.sort(-1).values != torch.arange(matrix.shape[-1])).any(-1)
@@ -438,7 +350,7 @@ def _message(
     else:
         text = "labels are identified"
     for k, share in enumerate(presence.tolist()):
-        if share < _PRESENT and k not in empty:
+        if share < PRESENT and k not in empty:
             text += f"; component {k} lives in {share:.0%} of the draws only"
     if len(empty) == 1:
         text += f"; component {empty[0]} is empty"
