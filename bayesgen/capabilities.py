@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 __all__ = [
     "Conditional",
     "Conjugate",
+    "Denoising",
     "Encoder",
+    "Explained",
     "Generative",
     "Model",
     "Partitioned",
@@ -144,6 +146,29 @@ class Conditional(ABC):
 
         ``observed`` is one boolean mask ``(d,)`` for all rows of ``x`` ``(n, d)``; entries of
         ``x`` outside the mask are not read.
+        """
+
+
+class Denoising(ABC):
+    """Rows that would be seen if there were no noise: the signal of a latent variable model."""
+
+    @abstractmethod
+    def reconstruct(self, x: Tensor, draws: Tensors) -> Tensor:
+        """``E[signal_i | x_i, draw]``, ``(*draw, n, d)``; ``NaN`` entries are filled too."""
+
+    @abstractmethod
+    def sample_signal(self, draws: Tensors, *, generator: torch.Generator) -> Tensor:
+        """One new row without noise for each of the ``m`` parameter draws: ``(m, d)``."""
+
+
+class Explained(ABC):
+    """How much of the variance of the rows its latents explain."""
+
+    @abstractmethod
+    def explained_variance(self, draws: Tensors) -> Tensors:
+        """``signal (*draw, q)`` along principal directions, decreasing; ``noise (*draw,)``.
+
+        Their sum is the total variance of all columns, in squared units of the data.
         """
 
 
@@ -295,6 +320,8 @@ _ALL: tuple[type, ...] = (
     Generative,
     Encoder,
     Conditional,
+    Denoising,
+    Explained,
     Symmetric,
     Conjugate,
     Partitioned,

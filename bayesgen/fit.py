@@ -15,7 +15,9 @@ from bayesgen import rng, verbs
 from bayesgen.capabilities import (
     Conditional,
     Conjugate,
+    Denoising,
     Encoder,
+    Explained,
     Generative,
     Model,
     Scored,
@@ -27,8 +29,11 @@ from bayesgen.schema import Schema
 from bayesgen.symmetry import Alignment, LabelPermutation, align
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from os import PathLike
 
+    from bayesgen.conditional import Conditioned
+    from bayesgen.explained import ExplainedVariance
     from bayesgen.outliers import Outliers
     from bayesgen.summary import Summary
 
@@ -206,13 +211,23 @@ class Fit:
         parts = [verbs.log_likelihood(model, batch, self._flat) for batch in self._batches(x)]
         return torch.cat(parts, dim=-1).unflatten(0, (self.num_chains, self.num_draws))
 
-    def sample(self, num_samples: int, *, seed: int = 0) -> Tensor:
-        """New rows from the posterior predictive, ``(num_samples, d)``; categories as codes."""
+    def sample(self, num_samples: int, *, with_noise: bool = True, seed: int = 0) -> Tensor:
+        """New rows from the posterior predictive, ``(num_samples, d)``; categories as codes.
+
+        Args:
+            num_samples: How many.
+            with_noise: Whether the rows carry the model's noise; without it they are its signal,
+                which latent variable models alone have.
+            seed: Of the random numbers; the same rows with and without noise are not paired.
+        """
         if num_samples < 1:
             raise ValueError(f"num_samples={num_samples}, but at least 1 is needed.")
-        model = require(self.model, Generative, "sample")
+        if with_noise:
+            draw = require(self.model, Generative, "sample").sample
+        else:
+            draw = require(self.model, Denoising, "sample(with_noise=False)").sample_signal
         generator = rng.make_generator(seed, self.device)
-        return verbs.sample(model, self._flat, num_samples, generator=generator)
+        return verbs.sample(draw, self._flat, num_samples, generator=generator)
 
     # ------------------------------------------------------------ latents
     def encode(self, x: object) -> Tensor:
@@ -230,6 +245,25 @@ class Fit:
     def predict(self, x: object) -> Tensor:
         """Most probable label of each row, ``(n,)`` integers: the component in :attr:`aligned`."""
         return self.encode(x).argmax(-1)
+
+    def reconstruct(self, x: object) -> Tensor:
+        r"""Each row without its noise, ``(n, d)``: the posterior mean of its signal.
+
+        .. math:: E[f(z_i, \theta) \mid x_i, D]
+
+        averaged over all draws. Missing entries are filled; observed ones are shrunk towards the
+        signal as well, unlike in :meth:`impute_mean`.
+        """
+        model = require(self.model, Denoising, "reconstruct")
+        return torch.cat([verbs.reconstruct(model, b, self._flat) for b in self._batches(x)])
+
+    def explained_variance(self) -> ExplainedVariance:
+        """How much of the rows' variance the latents explain, direction by direction, by draw."""
+        from bayesgen.explained import ExplainedVariance
+
+        model = require(self.model, Explained, "explained_variance")
+        found = model.explained_variance(self.draws)
+        return ExplainedVariance(found["signal"], found["noise"])
 
     @cached_property
     def anchors(self) -> Tensor:
@@ -299,9 +333,7 @@ class Fit:
         """
         model = require(self.model, Conditional, "impute_mean")
         batches = list(self._batches(x))
-        total = self.num_chains * self.num_draws
-        index = torch.linspace(0, total - 1, min(total, num_draws), dtype=torch.float64)
-        flat = verbs.pick(self._flat, index.round().long().to(self.device))
+        flat = verbs.thin(self._flat, num_draws)
         filled = torch.cat([verbs.impute_mean(model, b, flat) for b in batches])
         kinds = self.schema.kinds
         discrete = [k for k, kind in enumerate(kinds) if kind in ("binary", "category")]
@@ -312,6 +344,33 @@ class Fit:
             copies = self.impute(coded, num_samples=100)
             filled[gaps.nonzero(), torch.tensor(discrete)] = copies[..., discrete].mode(0).values
         return filled
+
+    def condition(
+        self, x: object, observed: Sequence[str | int] | None = None, *, num_draws: int = 200
+    ) -> Conditioned:
+        r"""The predictive distribution of some columns given the others, row by row.
+
+        .. math::
+            p(x_m \mid x_o, D) = \sum_s w_s\, p(x_m \mid x_o, \theta_s), \qquad
+            w_s \propto p(x_o \mid \theta_s)
+
+        so that it is the ratio of two posterior predictive densities of new rows. It uses up to
+        ``num_draws`` evenly spaced draws.
+
+        Args:
+            x: Rows ``(n, d)``; entries of other columns than the observed ones are not read.
+            observed: Names or positions of the columns that are given; by default those without a
+                ``NaN``, which must be the same in all rows.
+            num_draws: Draws at most.
+
+        Raises:
+            ValueError: An unknown column, all of them, rows with different gaps, or a given entry
+                that is missing.
+            TypeError: The model has no conditional distributions.
+        """
+        from bayesgen.conditional import condition
+
+        return condition(self, x, observed, num_draws=num_draws)
 
     # ------------------------------------------------------------ verdicts
     def outliers(

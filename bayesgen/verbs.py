@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +19,13 @@ from torch import distributions as td
 from bayesgen import rng
 
 if TYPE_CHECKING:
-    from bayesgen.capabilities import Conditional, Encoder, Generative, Scored, Tensors
+    from bayesgen.capabilities import (
+        Conditional,
+        Denoising,
+        Encoder,
+        Scored,
+        Tensors,
+    )
 
 __all__ = [
     "draw_from",
@@ -31,7 +37,9 @@ __all__ = [
     "pick",
     "posterior_mean",
     "probabilities",
+    "reconstruct",
     "sample",
+    "thin",
 ]
 
 _BUDGET = 2**24  # numbers alive at once: 128 MiB in float64
@@ -48,6 +56,13 @@ def pick(flat: Tensors, index: Tensor | slice) -> dict[str, Tensor]:
     return {site: value[index] for site, value in flat.items()}
 
 
+def thin(flat: Tensors, limit: int) -> dict[str, Tensor]:
+    """At most ``limit`` evenly spaced draws."""
+    total = _count(flat)
+    index = torch.linspace(0, total - 1, min(total, limit), dtype=torch.float64).round().long()
+    return {site: value[index.to(value.device)] for site, value in flat.items()}
+
+
 def _count(flat: Tensors) -> int:
     return next(iter(flat.values())).shape[0]
 
@@ -60,14 +75,16 @@ def _pair_size(flat: Tensors) -> int:
     return max(16, *(math.prod(value.shape[1:3]) for value in flat.values()))
 
 
-def _chunks(num_rows: int, flat: Tensors) -> Iterator[tuple[slice, list[slice]]]:
-    """Blocks of rows, each with its blocks of draws.
+def _chunks(
+    num_rows: int, flat: Tensors, pair_size: int = 1
+) -> Iterator[tuple[slice, list[slice]]]:
+    """Blocks of rows, each with its blocks of draws; a pair costs at least ``pair_size`` numbers.
 
     Few rows and many draws: what a model does once for each missing pattern pays for many then.
     """
     num_draws = _count(flat)
     once = max(1, _BUDGET // (4 * sum(value[0].numel() for value in flat.values())))
-    pairs = max(1, _BUDGET // _pair_size(flat))
+    pairs = max(1, _BUDGET // max(pair_size, _pair_size(flat)))
     rows = max(1, min(num_rows, pairs, 1024))
     draws = max(1, min(once, pairs // rows))
     for row in range(0, num_rows, rows):
@@ -133,17 +150,28 @@ def probabilities(model: Encoder, x: Tensor, flat: Tensors) -> Tensor | None:
     return torch.cat(parts)
 
 
+@torch.no_grad()
+def reconstruct(model: Denoising, x: Tensor, flat: Tensors) -> Tensor:
+    """Mean over draws of each row's signal ``(n, d)``."""
+    out = torch.empty_like(x)
+    for rows, blocks in _chunks(x.shape[0], flat, x.shape[1]):
+        total = x.new_zeros(x[rows].shape)
+        for block in blocks:
+            total += model.reconstruct(x[rows], pick(flat, block)).sum(0)
+        out[rows] = total / _count(flat)
+    return out
+
+
 # ---------------------------------------------------------------- new rows
 @torch.no_grad()
 def sample(
-    model: Generative, flat: Tensors, num_samples: int, *, generator: torch.Generator
+    draw: Callable[..., Tensor], flat: Tensors, num_samples: int, *, generator: torch.Generator
 ) -> Tensor:
-    """Rows of the posterior predictive ``(num_samples, d)``, each from a random draw."""
+    """Rows ``(num_samples, d)`` by a model's ``sample``, each from a random draw."""
     device = generator.device
     index = torch.randint(_count(flat), (num_samples,), generator=generator, device=device)
     size = max(1, _BUDGET // _pair_size(flat))
-    parts = [model.sample(pick(flat, part), generator=generator) for part in index.split(size)]
-    return torch.cat(parts)
+    return torch.cat([draw(pick(flat, part), generator=generator) for part in index.split(size)])
 
 
 def draw_from(distribution: Any, generator: torch.Generator) -> Tensor:
