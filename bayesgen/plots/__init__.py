@@ -18,12 +18,16 @@ from bayesgen.plots.checks import (
     trace,
 )
 from bayesgen.plots.densities import components, density, labels, pairs, responsibilities
+from bayesgen.plots.latents import biplot, latent_map, loadings, scree
 
 __all__ = [
     "agreement",
+    "biplot",
     "components",
     "density",
     "labels",
+    "latent_map",
+    "loadings",
     "occupied",
     "p_values",
     "pairs",
@@ -32,5 +36,6 @@ __all__ = [
     "ranks",
     "reasons",
     "responsibilities",
+    "scree",
     "trace",
 ]

@@ -2,92 +2,29 @@
 
 from __future__ import annotations
 
-from types import MappingProxyType
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.distributions import Independent, Normal
 
 from bayesgen import rng
 from bayesgen.arviz_groups import import_arviz
-from bayesgen.capabilities import Encoder, Model, Scored, Symmetric
 from bayesgen.data import as_dataset
 from bayesgen.fit import Fit
 from bayesgen.symmetry import (
     Rotation,
     align,
-    factor_invariants,
     match,
     principal_angles,
     rotate_onto,
 )
 from bayesgen.symmetry.subspace import orient, varimax
+from tests.core.factors import Factors, loadings, turned
 
 __all__: list[str] = []
 
 CLEAR = (5.0, 3.0, 1.5)
-
-
-class Factors(Model, Scored, Encoder, Symmetric):
-    """Probabilistic PCA about zero with unit noise, written as plainly as possible."""
-
-    def __init__(self, d, q, group="orthogonal"):
-        self.d, self.q, self.group = d, q, group
-
-    dims = MappingProxyType({"loadings": ("column", "latent")})
-    is_bound = True
-    symmetry = property(lambda self: Rotation(self.q, group=self.group))
-
-    def bind(self, data):
-        return self
-
-    def to(self, device):
-        return self
-
-    def coords(self):
-        return {"column": [f"x{j}" for j in range(self.d)], "latent": list(range(self.q))}
-
-    def to_config(self):
-        return {"d": self.d, "q": self.q, "group": self.group}
-
-    @classmethod
-    def from_config(cls, config):
-        return cls(**config)
-
-    def log_prob(self, x, draws):
-        w = draws["loadings"]
-        covariance = w @ w.mT + torch.eye(self.d, dtype=w.dtype)
-        law = torch.distributions.MultivariateNormal(w.new_zeros(self.d), covariance)
-        return (
-            law.expand(covariance.shape[:-2]).log_prob(x[:, *[None] * (w.ndim - 2)]).movedim(0, -1)
-        )
-
-    def encode(self, x, draws):
-        w = draws["loadings"]
-        precision = w.mT @ w + torch.eye(self.q, dtype=w.dtype)
-        mean = (x @ w) @ torch.linalg.inv(precision)
-        scale = torch.linalg.inv(precision).diagonal(dim1=-2, dim2=-1).sqrt().unsqueeze(-2)
-        return Independent(Normal(mean, scale.expand_as(mean)), 1)
-
-    def invariants(self, draws):
-        w = draws["loadings"]
-        return factor_invariants(w, w.new_ones(w.shape[:-2]))
-
-
-def loadings(scales, *, d=8, shape=(4, 200), spread=0.05, seed=0):
-    """Draws that scatter about orthogonal columns of the given lengths."""
-    generator = rng.make_generator(seed)
-    basis = torch.linalg.qr(rng.standard_normal((d, len(scales)), generator)).Q
-    center = basis * torch.tensor(scales, dtype=torch.float64)
-    return center + spread * rng.standard_normal((*shape, d, len(scales)), generator)
-
-
-def turned(w, symmetry, seed=1):
-    elements = symmetry.random(tuple(w.shape[:2]), generator=rng.make_generator(seed))
-    return symmetry.apply({"loadings": w}, elements)
 
 
 def worst_rhat(values):
