@@ -36,6 +36,7 @@ __all__ = [
     "Pointwise",
     "Program",
     "Scored",
+    "Simulated",
     "Symmetric",
     "Tensors",
     "require",
@@ -119,6 +120,22 @@ class Pointwise(ABC):
     @abstractmethod
     def observed(self) -> Tensors:
         """The observed values by site."""
+
+
+class Simulated(ABC):
+    """New data sets from the program itself, and its prior, in the shapes of its own data."""
+
+    @abstractmethod
+    def replicate(self, draws: Tensors, *, generator: torch.Generator) -> Tensors:
+        """One data set for each of the draws ``(m, *event)``: ``(m, *shape)`` by observed site."""
+
+    @abstractmethod
+    def prior(self, num_samples: int, *, generator: torch.Generator) -> tuple[Tensors, Tensors]:
+        """Draws from the prior, and one data set for each; ``(num_samples, *shape)`` by site."""
+
+    @abstractmethod
+    def log_prior(self, draws: Tensors) -> Tensors:
+        """Log density of the prior of each latent site at draws ``(m, *event)``: ``(m,)``."""
 
 
 class Generative(ABC):
@@ -317,6 +334,7 @@ _ALL: tuple[type, ...] = (
     Program,
     Scored,
     Pointwise,
+    Simulated,
     Generative,
     Encoder,
     Conditional,

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from bayesgen.explained import ExplainedVariance
     from bayesgen.outliers import Outliers
     from bayesgen.summary import Summary
+    from bayesgen.verdict import Verdict
 
 __all__ = ["Fit", "load"]
 
@@ -403,11 +404,38 @@ class Fit:
             seed=seed,
         )
 
+    def verdict(self) -> Verdict:
+        """PASS or FAIL with reasons in words and what to do; true when the fit can be trusted.
+
+        See :func:`bayesgen.verdict.judge` for what is checked.
+        """
+        return self._verdict
+
+    @cached_property
+    def _verdict(self) -> Verdict:
+        from bayesgen.verdict import judge
+
+        return judge(self)
+
     def summary(self) -> Summary:
         """What was fitted, how well it mixed, and the posterior's table; ``print`` it."""
+        return self._summary
+
+    @cached_property
+    def _summary(self) -> Summary:
         from bayesgen.summary import Summary
 
         return Summary(self)
+
+    @cached_property
+    def invariants(self) -> dict[str, Tensor]:
+        """Quantities that the symmetry leaves alone, each ``(chain, draw, ...)``; empty if none."""
+        found: dict[str, Tensor] = {}
+        if isinstance(self.model, Symmetric):
+            found |= self.model.invariants(self.draws)
+        if "num_occupied" in self.sample_stats:  # the labels are gone, but the engine counted them
+            found.setdefault("num_occupied", self.sample_stats["num_occupied"].to(torch.float64))
+        return found
 
     @cached_property
     def arviz(self) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 
 from bayesgen.arviz_groups import convert, labels, summarise
 from bayesgen.capabilities import Symmetric
-from bayesgen.diagnostics import invariants
+from bayesgen.verdict import MIN_DRAWS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,11 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Summary"]
 
-_MIN_DRAWS = 4
 _MAX_ENTRIES = 1_000  # rows of the table: ArviZ takes 2 ms and more for each
 _SHOWN = 24
-_R_HAT = 1.01
-_ESS = 100.0  # for each chain; of short chains a quarter of the draws
 
 
 class Summary:
@@ -61,7 +58,7 @@ class Summary:
     @property
     def invariants(self) -> pd.DataFrame:
         """The rows of :attr:`table` that the symmetry leaves alone."""
-        return self.table.loc[self._names(invariants(self.fit))]
+        return self.table.loc[self._names(self.fit.invariants)]
 
     @cached_property
     def raw(self) -> pd.DataFrame:
@@ -77,71 +74,55 @@ class Summary:
     @cached_property
     def _chosen(self) -> dict[str, Tensor]:
         chosen, total = {}, 0
-        for name, value in {**invariants(self.fit), **self.fit.aligned.draws}.items():
+        for name, value in {**self.fit.invariants, **self.fit.aligned.draws}.items():
             total += value[0, 0].numel()
             if total <= _MAX_ENTRIES:
                 chosen[name] = value
         return chosen
 
     # ------------------------------------------------------------ verdict
-    @cached_property
+    @property
     def problems(self) -> tuple[str, ...]:
         """What speaks against trusting this posterior; empty when nothing does."""
-        fit, found = self.fit, []
-        if fit.attrs.get("converged") is False:
-            found.append("the engine stopped before it converged")
-        if fit.num_draws >= _MIN_DRAWS:
-            judged = self.table.loc[self._judged()]
-            found += self._mixing(judged)
-        if fit.aligned.is_ambiguous:
-            found.append(fit.aligned.message)
-        return tuple(found)
+        return tuple(finding.message for finding in self.fit.verdict().findings)
 
     @property
     def is_converged(self) -> bool:
-        """Whether the engine converged and the chains mixed; ambiguity does not count."""
-        return not any(p for p in self.problems if p != self.fit.aligned.message)
+        """Whether :meth:`bayesgen.fit.Fit.verdict` is PASS; ambiguity does not count."""
+        return bool(self.fit.verdict())
 
-    def _mixing(self, judged: pd.DataFrame) -> list[str]:
-        found = []
-        r_hat, ess = judged["r_hat"].astype(float), judged["ess_bulk"].astype(float)
-        wanted = min(_ESS, self.fit.num_draws / 4) * self.fit.num_chains
-        limit = max(_R_HAT, 1.0 + 5.0 / self.fit.num_draws)  # noise of short chains
-        r_hat, ess = r_hat[r_hat.notna()], ess[ess.notna()]  # constant entries have none
-        if len(r_hat) and r_hat.max() > limit:
-            count = int((r_hat > limit).sum())
-            found.append(
-                f"R-hat is {r_hat.max():.3g} for {r_hat.idxmax()}, "
-                f"and above {limit:.3g} for {count} entries"
-            )
-        if len(ess) and ess.min() < wanted:
-            found.append(f"the effective sample size is only {ess.min():.0f} for {ess.idxmin()}")
-        return found
+    @cached_property
+    def judged(self) -> pd.DataFrame:
+        """Rows of :attr:`table` that bear on the verdict: not of empty or confused components."""
+        return self.table.loc[
+            [
+                label
+                for name, value in self._chosen.items()
+                for label, kept in zip(
+                    self._labels(name, value), self.is_readable(name, value), strict=True
+                )
+                if kept
+            ]
+        ]
 
-    def _judged(self) -> list[str]:
-        """Entries that bear on the verdict: none of empty or confused components."""
+    def is_readable(self, name: str, value: Tensor) -> list[bool]:
+        """For each entry of a site whether its component, if it has one, is identified."""
         aligned, model = self.fit.aligned, self.fit.model
         counted = model.symmetry.dim if isinstance(model, Symmetric) else ""
         readable = None if aligned.elements is None else set(aligned.identified)
-        names = []
-        for name, value in self._chosen.items():
-            names_here = self._labels(name, value)
-            dims = self.fit.model.dims.get(name, ())
-            axis = dims.index(counted) if counted in dims else None
-            keep = [
-                axis is None or readable is None or index[axis] in readable
-                for index in np.ndindex(*value.shape[2:])
-            ]
-            names += [label for label, kept in zip(names_here, keep, strict=True) if kept]
-        return names
+        dims = model.dims.get(name, ())
+        axis = dims.index(counted) if counted in dims else None
+        return [
+            axis is None or readable is None or index[axis] in readable
+            for index in np.ndindex(*value.shape[2:])
+        ]
 
     # ------------------------------------------------------------ words
     def __str__(self) -> str:
         fit = self.fit
         lines = [str(fit.model), "", self._run(), f"{fit.num_chains} x {fit.num_draws} draws"]
-        lines += [f"converged: {'yes' if self.is_converged else 'NO'}"]
-        lines += [f"  ! {problem}" for problem in self.problems]
-        lines += [f"  . {message}" for message in fit.attrs.get("messages", [])]
+        lines += ["", f"verdict: {fit.verdict()}"]
+        lines += [f"  note: {message}" for message in fit.attrs.get("messages", [])]
         if fit.aligned.elements is not None and not fit.aligned.is_ambiguous:
             lines.append(fit.aligned.message)
         return "\n".join([*lines, "", self._shown()])
@@ -163,9 +144,7 @@ class Summary:
         return f"fitted by {engine}({inside}) to {size}{seconds}"
 
     def _shown(self) -> str:
-        moving = self.table["sd"] != 0.0  # the zeros of a triangle say nothing
-        judged = [name for name in self._judged() if moving[name]]
-        table = self.table.loc[judged[:_SHOWN]]
+        table = self.judged[self.judged["sd"] != 0.0][:_SHOWN]  # zeros of a triangle say nothing
         keep = [c for c in table.columns if not c.startswith("mcse")]
         text = table[keep].to_string(float_format=lambda v: f"{v:.4g}")
         more = len(self.table) - len(table)
@@ -176,7 +155,7 @@ class Summary:
 
     # ------------------------------------------------------------ private
     def _summarise(self, values: Mapping[str, Tensor]) -> pd.DataFrame:
-        if self.fit.num_draws < _MIN_DRAWS:
+        if self.fit.num_draws < MIN_DRAWS:
             return self._points(values)
         arrays: dict[str, NDArray[Any]] = {k: v.cpu().numpy() for k, v in values.items()}
         data = convert(

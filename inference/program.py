@@ -8,15 +8,17 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bayesgen.capabilities import Model, Pointwise, Tensors
+from bayesgen.capabilities import Model, Pointwise, Simulated, Tensors
+from bayesgen.inference.sites import Layout
 from bayesgen.inference.trace import Density
 from bayesgen.prior_replacement import Reprior
+from bayesgen.replay import log_priors, simulate
 from bayesgen.schema import Schema
 
 __all__ = ["Arguments", "FunctionModel", "arguments"]
@@ -65,8 +67,19 @@ def _hash(digest: Any, value: Any) -> None:
     elif isinstance(value, list | tuple):
         for inner in value:
             _hash(digest, inner)
+    elif isinstance(value, np.ndarray):
+        digest.update(repr((value.shape, value.tolist())).encode())
+    elif isinstance(value, _Table):  # its own text leaves rows out
+        _hash(digest, [*_columns(value), np.asarray(value.to_numpy())])
     else:
         digest.update(repr(value).encode())
+
+
+@runtime_checkable
+class _Table(Protocol):
+    """A column or a table of pandas or polars."""
+
+    def to_numpy(self) -> Any: ...
 
 
 def arguments(
@@ -118,7 +131,7 @@ def _names(signature: inspect.Signature, data: Mapping[Any, Any]) -> bool:
 
 
 @dataclass(frozen=True, eq=False)
-class FunctionModel(Model, Pointwise):
+class FunctionModel(Model, Pointwise, Simulated):
     """A Pyro function with its data: what it can do is what its trace tells.
 
     Args:
@@ -188,7 +201,8 @@ class FunctionModel(Model, Pointwise):
             sizes |= dict(zip(self.dims[name], value, strict=True))
         for name, values in layout.observed.items():
             sizes |= dict(zip(layout.observed_dims[name], values.shape, strict=True))
-        return {dim: list(range(size)) for dim, size in sizes.items()}
+        labels = _labels(self.function, self.arguments, layout, sizes)
+        return {dim: labels.get(dim, list(range(size))) for dim, size in sizes.items()}
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
@@ -217,6 +231,83 @@ class FunctionModel(Model, Pointwise):
     @property
     def observed(self) -> Tensors:
         return self.density.layout.observed
+
+    # ------------------------------------------------------------ Simulated
+    def replicate(self, draws: Tensors, *, generator: torch.Generator) -> Tensors:
+        layout = self.density.layout
+        self._check_observed()
+        values = {site.name: draws[site.name] for site in layout.sites}
+        return simulate(
+            layout.run,
+            values,
+            tuple(layout.observed),
+            num_runs=len(next(iter(values.values()))),
+            generator=generator,
+            dtype=layout.dtype,
+        )
+
+    def prior(self, num_samples: int, *, generator: torch.Generator) -> tuple[Tensors, Tensors]:
+        layout = self.density.layout
+        found = simulate(
+            layout.run,
+            {},
+            (*layout.dims, *layout.observed),
+            num_runs=num_samples,
+            generator=generator,
+            dtype=layout.dtype,
+        )
+        draws = {name: value for name, value in found.items() if name in layout.dims}
+        return draws, {name: found[name] for name in layout.observed}
+
+    def log_prior(self, draws: Tensors) -> Tensors:
+        layout = self.density.layout
+        values = {site.name: draws[site.name] for site in layout.sites}
+        return log_priors(layout.run, values, dtype=layout.dtype)
+
+    def _check_observed(self) -> None:
+        if not self.density.layout.observed:
+            raise ValueError(
+                f"the program '{self.name}' observes nothing by obs=..., so there are no data to "
+                "replicate; a density added by pyro.factor cannot be sampled."
+            )
+
+
+def _columns(value: Any) -> list[str]:
+    """Names of the columns of a table; none of anything else."""
+    return [str(name) for name in getattr(value, "columns", ())]
+
+
+def _named_arguments(function: Callable[..., Any], call: Arguments) -> dict[str, Any]:
+    """Arguments by name; entries of one that is a mapping by theirs."""
+    bound = inspect.signature(function).bind(*call.args, **call.kwargs).arguments
+    found: dict[str, Any] = {}
+    for name, value in bound.items():
+        found |= {str(k): v for k, v in value.items()} if isinstance(value, Mapping) else {}
+        found[name] = value
+    return found
+
+
+def _labels(
+    function: Callable[..., Any], call: Arguments, layout: Layout, sizes: Mapping[str, int]
+) -> dict[str, list[Any]]:
+    """Labels that the data give to dimensions.
+
+    A plate takes the strings of an argument of its own name and size; a dimension ``column`` the
+    column names of a data frame of that width, and so does the last one of an observed site whose
+    values are the frame's.
+    """
+    found: dict[str, list[Any]] = {}
+    for name, value in _named_arguments(function, call).items():
+        columns = _columns(value) if isinstance(value, _Table) else []
+        if sizes.get("column") == len(columns):
+            found["column"] = columns
+        for site, rows in layout.observed.items():
+            if columns and rows.ndim == 2 and np.array_equal(rows.cpu(), value.to_numpy()):
+                found[layout.observed_dims[site][-1]] = columns
+        if isinstance(value, list | tuple | np.ndarray) and len(value) == sizes.get(name):
+            if all(isinstance(label, str) for label in value):
+                found[name] = [str(label) for label in value]
+    return found
 
 
 def bound_program(function: Callable[..., Any], call: Arguments) -> Callable[[], Any]:

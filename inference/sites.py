@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +16,10 @@ from torch import Tensor
 
 from bayesgen import rng
 from bayesgen.inference.complaints import bijection, check_site, check_trace, explained
+from bayesgen.replay import quietly
 
 __all__ = ["Flat", "Given", "Layout", "Site", "discover", "enumerated", "quietly"]
 
-_LOCK = threading.RLock()
 _RADIUS = 2.0
 
 
@@ -59,24 +57,6 @@ class Layout:
     def num_params(self) -> int:
         """Length of the flat vector."""
         return sum(site.size for site in self.sites)
-
-
-@contextmanager
-def quietly(dtype: torch.dtype, *, validate: bool = False) -> Iterator[None]:
-    """Run a user's program: default dtype set, Pyro's store empty, one thread; all put back.
-
-    Pyro and the default dtype are global to the process, which is why this holds a lock.
-    """
-    with _LOCK:
-        before = torch.get_default_dtype()
-        checks = torch.distributions.Distribution._validate_args
-        torch.set_default_dtype(dtype)
-        try:
-            with pyro.get_param_store().scope(), pyro.validation_enabled(validate):
-                yield
-        finally:
-            torch.distributions.Distribution.set_default_validate_args(checks)
-            torch.set_default_dtype(before)
 
 
 class _Start(Messenger):
@@ -209,6 +189,9 @@ def _dims(node: dict[str, Any]) -> tuple[str, ...]:
     """A name for every dimension of a site's value: its plates, then its own."""
     value, name = node["value"], node["name"]
     event = len(node["fn"].event_shape)
+    if node["infer"].get("_deterministic"):  # Pyro counts all of its dimensions as its own
+        depth = max((-f.dim for f in node["cond_indep_stack"] if f.vectorized), default=0)
+        event = max(0, value.ndim - depth)
     names = [f"{name}_dim_{k}" for k in range(value.ndim)]
     for frame in node["cond_indep_stack"]:
         where = value.ndim - event + frame.dim if frame.vectorized else -1

@@ -19,6 +19,7 @@ from bayesgen.plots.checks import (
 )
 from bayesgen.plots.densities import components, density, labels, pairs, responsibilities
 from bayesgen.plots.latents import biplot, latent_map, loadings, scree
+from bayesgen.plots.predictive import predictive
 
 __all__ = [
     "agreement",
@@ -31,6 +32,7 @@ __all__ = [
     "occupied",
     "p_values",
     "pairs",
+    "predictive",
     "predictive_check",
     "prior_exploration",
     "ranks",

@@ -14,8 +14,10 @@ import torch
 
 from bayesgen import rng
 from bayesgen.arviz_groups import import_arviz, is_datatree
-from bayesgen.diagnostics import agreement, replicate, to_arviz
+from bayesgen.diagnostics import agreement, to_arviz
 from bayesgen.fit import Fit
+from bayesgen.predictive import replicated
+from bayesgen.summary import Summary
 from bayesgen.toys import UnitMixture, pretend
 
 __all__: list[str] = []
@@ -130,7 +132,7 @@ def test_too_large_groups_are_left_out_and_say_why(fit):
 def test_replicates_have_one_draw_each():
     fit = pretend(UnitMixture(1), [[0.0], [100.0]], num_chains=1, num_draws=50)
     draws = {**fit.draws, "loc": torch.arange(50.0).double().reshape(1, 50, 1, 1) * 1000}
-    copies = replicate(Fit(fit.model, draws, data=fit.data), 20, 5)
+    copies = replicated(Fit(fit.model, draws, data=fit.data), 5, num_rows=20)["x"]
     assert copies.shape == (1, 5, 20, 1)
     assert copies.std(2).max() < 3.0  # rows of one data set share their draw
     assert copies.mean((0, 2, 3)).diff().min() > 5000
@@ -160,7 +162,7 @@ def test_a_good_fit_is_called_converged(fit):
         "Dirichlet",
         "pretend(num_starts=2)",
         "height, width",
-        "converged: yes",
+        "verdict: PASS",
         "labels are identified",
         "loc[0, height]",
     ):
@@ -216,12 +218,12 @@ def test_one_draw_has_no_r_hat(fit):
     assert float(summary.table.loc["weights[0]", "mean"]) == pytest.approx(
         float(point["weights"].max())
     )
-    assert "converged: yes" in str(summary)
+    assert "verdict: PASS" in str(summary)
 
 
 def test_large_sites_are_left_out(fit, monkeypatch):
     monkeypatch.setattr("bayesgen.summary._MAX_ENTRIES", 5)
-    summary = fit.summary()
+    summary = Summary(fit)
     assert summary.left_out == ("loc",)
     assert len(summary.table) == 5
     assert "left out for their size: loc" in str(summary)

@@ -334,3 +334,23 @@ def test_categories_keep_their_names_and_cells():
         draw(plots.density(fit, columns=columns))
     draw(plots.pairs(fit))
     draw(plots.labels(fit, columns=["colour", "size"]))
+
+
+def test_simulated_data_beside_the_data():
+    generator = torch.Generator().manual_seed(0)
+    many = {
+        "y": torch.randn(80, 30, generator=generator),
+        "count": torch.poisson(torch.full((80, 30), 3.0), generator=generator),
+        "x": torch.randn(80, 30, 2, generator=generator),
+    }
+    data = {name: value[0] for name, value in many.items()}
+    figure = plots.predictive(many, data, columns={"x": ("height", "width")}, label="prior")
+    titles = [ax.get_title() for ax in figure.axes if ax.axison]
+    assert titles == ["y", "count", "height", "width"]
+    thick = [line for line in figure.axes[0].lines if line.get_linewidth() == 2]
+    assert len(thick) == 1
+    ordered = np.sort(data["y"].numpy())
+    at, share = thick[0].get_xdata(), thick[0].get_ydata()
+    np.testing.assert_allclose(share, np.searchsorted(ordered, at, side="right") / 30)
+    assert len(figure.axes[1].lines) == 60 + 2
+    assert plots.predictive({"y": many["y"]}).axes

@@ -13,7 +13,6 @@ from bayesgen.app.demo.arviz_pictures import KINDS, draw
 from bayesgen.app.demo.page import Mark, Page
 from bayesgen.app.output import rows_frame, write_frame
 from bayesgen.arviz_groups import import_arviz, is_datatree
-from bayesgen.diagnostics import invariants
 
 if TYPE_CHECKING:
     from bayesgen.data import Dataset
@@ -57,7 +56,7 @@ def chains(gibbs: Fit) -> str:
     told, words = gibbs.summary(), f"R-hat of the log density is {r_hat:.3f}"
     if told.is_converged:
         return Mark(f"yes: {words}, and no other above 1.01", good=True)
-    problem = next(p for p in told.problems if p != gibbs.aligned.message)
+    problem = gibbs.verdict().failures[0].message
     if r_hat < _R_HAT:
         return f"nearly: {words}; {problem}"
     return Mark(f"no: {words}; {problem}", good=False)
@@ -100,7 +99,7 @@ def arviz_pictures(
         "rank": "ArviZ, ranks: the draws of each chain ranked among all; flat bars mean that "
         "every chain sees the same posterior.",
     }
-    free, at = invariants(gibbs), gibbs.columns.index(column)
+    free, at = gibbs.invariants, gibbs.columns.index(column)
     values = {
         "effective clusters": free["num_effective"],
         f"mean of {column}": free["mean"][..., at],

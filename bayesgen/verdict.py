@@ -1,0 +1,284 @@
+"""Can this posterior be trusted? PASS or FAIL, with reasons in words and what to do about each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bayesgen.arviz_groups import convert, summarise
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from bayesgen.fit import Fit
+
+__all__ = ["Finding", "Verdict", "judge"]
+
+MIN_DRAWS = 4
+"""Fewer, and ArviZ has no R-hat, effective size or Monte Carlo error."""
+_R_HAT = 1.01
+_ESS = 400.0
+_E_BFMI = 0.3
+_K_HAT = 0.7
+_SAMPLED = 200  # entries judged of sites that are too large for the table
+_FEW = 20
+_MIN_ENERGIES = 50  # draws of all chains, for an E-BFMI worth reading
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that speaks against a posterior."""
+
+    code: str
+    """Such as ``r_hat``, ``ess``, ``divergences``, ``e_bfmi``, ``k_hat``, ``labels``."""
+    message: str
+    """What was found, with its number."""
+    advice: str
+    """What to do about it."""
+    is_fatal: bool = True
+    """Whether it fails the fit; otherwise it is a caution."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """PASS or FAIL; ``bool`` tells which, ``str`` tells why and what to do.
+
+    Example:
+        >>> bad = Finding("divergences", "3 of 400 trajectories diverged.", "Raise target_accept.")
+        >>> print(Verdict((bad,), ("R-hat at most 1.003",)))
+        FAIL
+          ! 3 of 400 trajectories diverged.
+            Raise target_accept.
+          + R-hat at most 1.003
+        >>> bool(Verdict((), ()))
+        True
+    """
+
+    findings: tuple[Finding, ...]
+    """Failures first, then cautions."""
+    passed: tuple[str, ...]
+    """What was checked and is in order, in words."""
+
+    def __bool__(self) -> bool:
+        return not self.failures
+
+    @property
+    def failures(self) -> tuple[Finding, ...]:
+        """Findings that fail the fit."""
+        return tuple(f for f in self.findings if f.is_fatal)
+
+    @property
+    def cautions(self) -> tuple[Finding, ...]:
+        """Findings that do not."""
+        return tuple(f for f in self.findings if not f.is_fatal)
+
+    def __str__(self) -> str:
+        lines = ["PASS" if self else "FAIL"]
+        for finding in (*self.failures, *self.cautions):
+            lines.append(f"  {'!' if finding.is_fatal else '.'} {finding.message}")
+            if finding.advice:
+                lines.append(f"    {finding.advice}")
+        return "\n".join([*lines, *(f"  + {text}" for text in self.passed)])
+
+    __repr__ = __str__
+
+
+def judge(fit: Fit) -> Verdict:
+    r"""Judge a fit by what its engine and its draws tell.
+
+    * the engine reached its own criterion;
+    * draws of Markov chains: :math:`\hat R \le 1.01` (rank-normalised, split) and bulk and tail
+      effective sample sizes of at least 400, for every entry of the aligned draws and of the
+      invariant quantities; empty components are exchangeable and are left out;
+    * no divergent trajectory, and an energy fraction E-BFMI of at least 0.3 in every chain;
+    * draws of an approximation: Pareto :math:`\hat k \le 0.7` where the engine gave one.
+
+    The noise of :math:`\hat R` is of order one over the draws of a chain: below 500 draws the
+    limit is :math:`1 + 5 / n`. Ambiguous labels are a caution: the posterior is right, the names
+    of its components are not.
+
+    References:
+        Vehtari, Gelman, Simpson, Carpenter, Bürkner (2021), Rank-normalization, folding, and
+        localization: an improved R-hat for assessing convergence of MCMC.
+        Betancourt (2016), Diagnosing suboptimal cotangent disintegrations in Hamiltonian Monte
+        Carlo.
+        Yao, Vehtari, Simpson, Gelman (2018), Yes, but did it work? Evaluating variational
+        inference.
+
+    Args:
+        fit: The fit.
+    """
+    passed: list[str] = []
+    findings = [*_engine(fit), *_mixing(fit, passed), *_hamiltonian(fit, passed)]
+    findings += [*_approximation(fit, passed), *_labels(fit)]
+    findings.sort(key=lambda finding: not finding.is_fatal)
+    return Verdict(tuple(findings), tuple(passed))
+
+
+def _engine(fit: Fit) -> Iterator[Finding]:
+    if fit.attrs.get("converged") is False:
+        yield Finding(
+            "converged",
+            "the engine stopped before it converged.",
+            "Let it run longer: raise max_steps, or continue with resume=...",
+        )
+
+
+# ---------------------------------------------------------------- chains
+def _is_markov(fit: Fit) -> bool:
+    """Whether draws come from Markov chains, and not independently from an approximation."""
+    return fit.posterior is None and "k_hat" not in fit.attrs and fit.num_draws >= MIN_DRAWS
+
+
+def _mixing(fit: Fit, passed: list[str]) -> Iterator[Finding]:
+    if not _is_markov(fit):
+        return
+    table = _table(fit)
+    yield from _r_hat(fit, table["r_hat"].dropna(), passed)
+    smallest = table[["ess_bulk", "ess_tail"]].min(axis=1).dropna()
+    if not len(smallest):
+        return
+    low = float(smallest.min())
+    if low >= _ESS:
+        passed.append(f"effective sample sizes of at least {low:,.0f}")
+        return
+    count = int((smallest < _ESS).sum())
+    draws = math.ceil(fit.num_draws * _ESS / max(low, 1.0) / 100) * 100
+    yield Finding(
+        "ess",
+        f"the effective sample size is only {low:.0f} for {smallest.idxmin()}, "
+        f"and below {_ESS:.0f} for {_entries(count)}.",
+        f"Draw more: about num_samples={draws:,} would do, if chains have found the posterior; "
+        "or reparametrise, so that they move faster.",
+    )
+
+
+def _r_hat(fit: Fit, r_hat: pd.Series[float], passed: list[str]) -> Iterator[Finding]:
+    if fit.num_chains == 1:
+        yield Finding(
+            "chains",
+            "there is one chain only, so nothing says whether another start ends elsewhere.",
+            "Run four chains.",
+            is_fatal=False,
+        )
+        return
+    if not len(r_hat):
+        return
+    limit = max(_R_HAT, 1.0 + 5.0 / fit.num_draws)
+    worst = float(r_hat.max())
+    if worst <= limit:
+        passed.append(f"R-hat at most {worst:.3f}")
+        return
+    yield Finding(
+        "r_hat",
+        f"R-hat is {worst:.3g} for {r_hat.idxmax()}, and above {limit:.3g} for "
+        f"{_entries(int((r_hat > limit).sum()))}: chains have not found the same posterior.",
+        "Run longer, with more warm-up; if it stays, look at plots.trace(fit): chains in "
+        "different modes need another parametrisation, a tighter prior or a better start.",
+    )
+
+
+def _entries(count: int) -> str:
+    return f"{count} entr{'y' if count == 1 else 'ies'}"
+
+
+def _table(fit: Fit) -> pd.DataFrame:
+    """R-hat and effective sizes of the entries that are judged, as floats."""
+    import pandas as pd
+
+    summary = fit.summary()
+    columns = ["r_hat", "ess_bulk", "ess_tail"]
+    tables = [summary.judged[columns].astype(float)]
+    for name in summary.left_out:  # too large for the table, but not above the law
+        value = fit.aligned.draws[name]
+        index = np.flatnonzero(summary.is_readable(name, value))
+        index = index[np.unique(np.linspace(0, len(index) - 1, _SAMPLED).round().astype(int))]
+        some = value.flatten(2)[..., index].cpu().numpy()
+        part = summarise(convert({"posterior": {name: some}}, coords={}, dims={}))
+        part.index = [f"{name}[{i}]" for i in index]
+        tables.append(part[columns].astype(float))
+    table = pd.concat(tables)
+    # Quantiles of what takes few values are those values: their effective size means nothing.
+    coarse = _coarse(fit)
+    table.loc[[name.partition("[")[0] in coarse for name in table.index], "ess_tail"] = math.nan
+    return table
+
+
+def _coarse(fit: Fit) -> set[str]:
+    values = {**fit.invariants, **fit.aligned.draws}
+    first = {k: v.flatten(2)[..., 0] if v.ndim > 2 else v for k, v in values.items()}
+    return {name for name, value in first.items() if len(value.unique()) <= _FEW}
+
+
+def _hamiltonian(fit: Fit, passed: list[str]) -> Iterator[Finding]:
+    stats = fit.sample_stats
+    if "diverging" in stats:
+        count, total = int(stats["diverging"].sum()), stats["diverging"].numel()
+        if count:
+            yield Finding(
+                "divergences",
+                f"{count:,} of {total:,} trajectories diverged: the posterior has a region too "
+                "narrow for the step size, and the draws miss it.",
+                "Raise target_accept to 0.95 or 0.99; write hierarchical models non-centred "
+                "(mu + tau * raw); give scales a prior that keeps them from zero.",
+            )
+        else:
+            passed.append("no divergent trajectory")
+    if "energy" in stats and stats["energy"].numel() >= _MIN_ENERGIES and fit.num_draws > 2:
+        lowest = _e_bfmi(stats["energy"])
+        if lowest < _E_BFMI:
+            yield Finding(
+                "e_bfmi",
+                f"E-BFMI is {lowest:.2g}, below {_E_BFMI}: momenta are too weak to cross the "
+                "posterior's energies, and its tails are explored slowly.",
+                "Reparametrise heavy tails and funnels (non-centred, a log scale), or run longer.",
+            )
+        else:
+            passed.append(f"E-BFMI at least {lowest:.2f}")
+
+
+def _e_bfmi(energy: Any) -> float:
+    """Smallest over chains; of all chains together where each is short."""
+    energy = energy.double()
+    change, spread = energy.diff(dim=1).square().mean(1), energy.var(1, correction=0)
+    if energy.shape[1] < _MIN_ENERGIES:
+        change, spread = change.mean(0, keepdim=True), spread.mean(0, keepdim=True)
+    return float((change / spread.clamp_min(1e-300)).min())
+
+
+# ---------------------------------------------------------------- approximations and labels
+def _approximation(fit: Fit, passed: list[str]) -> Iterator[Finding]:
+    k_hat = fit.attrs.get("k_hat")
+    if k_hat is None:
+        if fit.posterior is not None:
+            yield Finding(
+                "approximation",
+                "the posterior is approximated, and nothing here says how well.",
+                "Compare it with a sampler: agreement({'NUTS': ..., 'VB': ...}).",
+                is_fatal=False,
+            )
+        return
+    if k_hat > _K_HAT or math.isnan(k_hat):
+        yield Finding(
+            "k_hat",
+            f"Pareto k-hat is {k_hat:.2f}, above {_K_HAT}: the approximation is far from the "
+            "posterior, and means and intervals may be wrong.",
+            "Use a richer guide (AutoMultivariateNormal, a normalising flow), reparametrise, or "
+            "sample with NUTS.",
+        )
+    else:
+        passed.append(f"Pareto k-hat {k_hat:.2f}")
+
+
+def _labels(fit: Fit) -> Iterator[Finding]:
+    if fit.aligned.is_ambiguous:
+        yield Finding(
+            "labels",
+            fit.aligned.message,
+            "Read what no relabelling changes: fit.summary().invariants.",
+            is_fatal=False,
+        )
