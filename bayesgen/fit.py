@@ -429,7 +429,7 @@ class Fit:
 
     @cached_property
     def invariants(self) -> dict[str, Tensor]:
-        """Quantities that the symmetry leaves alone, each ``(chain, draw, ...)``; empty if none."""
+        """Quantities that the symmetry leaves alone, each ``(chain, draw, ...)``; may be empty."""
         found: dict[str, Tensor] = {}
         if isinstance(self.model, Symmetric):
             found |= self.model.invariants(self.draws)
