@@ -14,6 +14,7 @@ __all__ = ["starting_points"]
 
 _RADIUS, _TRIES = 2.0, 100
 _ROWS = 20_000
+_WALK = 100
 
 
 def starting_points(
@@ -27,8 +28,7 @@ def starting_points(
     """``(c, D)`` points, their log densities ``(c,)`` and gradients ``(c, D)``, all finite.
 
     Uniform in (-2, 2) on the unconstrained scale, as Stan does, drawn again where the density is
-    not
-    finite; for a conjugate model, parameters drawn given a random starting assignment of its rows.
+    not finite, and led uphill where it is absurdly low; for a conjugate model, parameters drawn given a random starting assignment of its rows.
 
     Raises:
         ValueError: No finite point in 100 tries.
@@ -41,13 +41,48 @@ def starting_points(
     for k in range(_TRIES):
         bad = ~(lp.isfinite() & gradient.isfinite().all(-1))
         if not bool(bad.any()):
-            return points, lp, gradient
+            return _nearer(density, points, lp, gradient)
         # Ever nearer to the origin: far out, many densities overflow.
         fresh = _uniform(density, num_chains, generator) * (1.0 if k < _TRIES // 2 else 0.1)
         points = torch.where(bad[:, None], fresh, points)
         lp, gradient = density.value_and_grad(points)
     worst = points[~(lp.isfinite() & gradient.isfinite().all(-1))][0]
     raise ProgramError(_blame(density, worst, layout.dtype))
+
+
+def _nearer(
+    density: Density, points: Tensor, lp: Tensor, gradient: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Lead chains uphill whose log density is absurd beside the others', until it no longer is.
+
+    A chain in a desert (an explosive time series, predictors far from scale one) would need a step
+    size that no other chain can use. Steps follow the sign of each slope alone, growing while it
+    lasts and halved where it turns (Rprop), since slopes there may be of any size.
+    """
+    allowance = 10.0 * (points.shape[1] + 10)
+    if float(lp.max() - lp.min()) <= allowance:
+        return points, lp, gradient
+    path = [(points, lp, gradient)]
+    size, before = torch.full_like(points, 0.1), torch.zeros_like(points)
+    for _ in range(_WALK):
+        sign = gradient.sign()
+        turn = sign * before
+        size = size * torch.where(turn > 0, 1.2, torch.where(turn < 0, 0.5, 1.0))
+        before = torch.where(turn < 0, 0.0, sign)
+        new = points + before * size
+        new_lp, new_gradient = density.value_and_grad(new)
+        good = new_lp.isfinite() & new_gradient.isfinite().all(-1)
+        size = torch.where(good[:, None], size, 0.5 * size)
+        points = torch.where(good[:, None], new, points)
+        lp = torch.where(good, new_lp, lp)
+        gradient = torch.where(good[:, None], new_gradient, gradient)
+        path.append((points, lp, gradient))
+    heights = torch.stack([height for _, height, _ in path])
+    enough = heights >= heights.amax(0) - allowance
+    first = enough.int().argmax(0)
+    chains = torch.arange(len(first), device=first.device)
+    points, lp, gradient = (torch.stack(part)[first, chains] for part in zip(*path, strict=True))
+    return points, lp, gradient
 
 
 def _uniform(density: Density, num_chains: int, generator: torch.Generator) -> Tensor:

@@ -1,0 +1,113 @@
+"""Every posterior: its program, its data, its reference draws, and how a fit is judged by them."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bayesgen.arviz_groups import import_arviz
+from tests.posteriordb import hierarchical, mixtures, regressions, series
+
+__all__ = ["POSTERIORS", "Posterior", "judge", "read", "reference"]
+
+MIN_ESS = 400
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """A program whose sites are named as Stan's parameters."""
+
+    program: Callable[..., None]
+    arguments: Callable[[dict[str, Any]], Any] = lambda data: data
+
+
+def _regressions():
+    return {n: Posterior(program, design) for n, (program, design) in regressions.DESIGNS.items()}
+
+
+POSTERIORS = {
+    "eight_schools-eight_schools_noncentered": Posterior(hierarchical.eight_schools),
+    "radon_mn-radon_partially_pooled": Posterior(hierarchical.radon_pooled),
+    "radon_mn-radon_hierarchical_intercept": Posterior(hierarchical.radon_intercept),
+    "low_dim_gauss_mix-low_dim_gauss_mix": Posterior(mixtures.low_dim_gauss_mix),
+    "normal_2-normal_mixture": Posterior(mixtures.normal_mixture),
+    "arK-arK": Posterior(series.autoregression),
+    "arma-arma11": Posterior(series.arma),
+    "hmm_example-hmm_example": Posterior(series.hmm),
+    "bball_drive_event_0-hmm_drive_0": Posterior(series.hmm_drive),
+    "gp_pois_regr-gp_regr": Posterior(series.gp_regression),
+    "hudson_lynx_hare-lotka_volterra": Posterior(series.lotka_volterra),
+    "sblrc-blr": Posterior(regressions.sblrc),
+    "kilpisjarvi_mod-kilpisjarvi": Posterior(regressions.kilpisjarvi),
+    "dogs-dogs": Posterior(regressions.dogs),
+    **_regressions(),
+}
+"""All 31 of the reference data."""
+
+
+def read(shared_data: Path, name: str) -> dict[str, Any]:
+    """A data set, lists as tensors."""
+    path = shared_data / "posteriordb" / "data" / f"{name.split('-')[0]}.json.gz"
+    raw = json.loads(gzip.decompress(path.read_bytes()))
+    return {
+        k: torch.tensor(v, dtype=torch.float64) if isinstance(v, list) else v
+        for k, v in raw.items()
+    }
+
+
+def reference(shared_data: Path, name: str) -> dict[str, tuple[np.ndarray, float]]:
+    """By Stan's names, draws ``(chain, draw)`` and their effective number as far as stated."""
+    folder = shared_data / "posteriordb"
+    if (path := folder / "draws" / f"{name}.npz").exists():
+        stated = {}
+    else:
+        path = folder / "draws_computed_here" / f"{name}.npz"
+        note = json.loads(path.with_suffix(".json").read_text())
+        stated = dict(zip(note["params"], note["ess"], strict=True))
+    with np.load(path) as file:
+        names, draws = [str(n) for n in file["params"]], file["draws"].astype(np.float64)
+    draws = draws if draws.ndim == 3 else draws[None]
+    return {n: (draws[..., k], stated.get(n, np.inf)) for k, n in enumerate(names)}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a fit stands beside reference draws: the worst of all parameters."""
+
+    z: float
+    parameter: str
+    ess: float
+    divergences: int
+    r_hat: float
+
+
+def judge(fit: Any, wanted: dict[str, tuple[np.ndarray, float]]) -> Verdict:
+    """Means and standard deviations, in Monte Carlo errors of both sides together."""
+    arviz = import_arviz()
+    worst, ess, r_hat = {}, [], []
+    for name, (other, stated) in wanted.items():
+        ours = entry(fit.draws, name)
+        ess.append(float(arviz.ess(ours)))
+        r_hat.append(float(arviz.rhat(ours)))
+        few = max(1.0, (float(arviz.ess(other)) / stated) ** 0.5)
+        for statistic, method in ((np.mean, "mean"), (np.std, "sd")):
+            errors = arviz.mcse(ours, method=method), few * arviz.mcse(other, method=method)
+            worst[f"{method} of {name}"] = abs(statistic(ours) - statistic(other)) / np.hypot(
+                *errors
+            )
+    top = max(worst, key=worst.__getitem__)
+    divergences = int(fit.sample_stats["diverging"].sum())
+    return Verdict(float(worst[top]), top, min(ess), divergences, max(r_hat))
+
+
+def entry(draws: dict[str, torch.Tensor], name: str) -> np.ndarray:
+    """Draws ``(chain, draw)`` of Stan's ``theta[2]``."""
+    site, _, index = name.rstrip("]").partition("[")
+    return np.asarray(draws[site] if not index else draws[site][..., int(index) - 1])
