@@ -106,7 +106,12 @@ class Summary:
         ]
 
     def is_readable(self, name: str, value: Tensor) -> list[bool]:
-        """For each entry of a site whether its component, if it has one, is identified."""
+        """For each entry of a site whether its component, if it has one, is identified.
+
+        Of discrete latents none is: drawn given the parameters, they mix as those do.
+        """
+        if name in self.fit.draws and not value.is_floating_point():
+            return [False] * value[0, 0].numel()
         aligned, model = self.fit.aligned, self.fit.model
         counted = model.symmetry.dim if isinstance(model, Symmetric) else ""
         readable = None if aligned.elements is None else set(aligned.identified)

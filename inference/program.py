@@ -211,7 +211,8 @@ class FunctionModel(Model, Pointwise, Simulated):
             dtype=self.density.layout.dtype,
             device=self.density.layout.device,
         )
-        return {k: tuple(v.shape) for k, v in self.density.constrain(zero).items()}
+        shapes = {k: tuple(v.shape) for k, v in self.density.constrain(zero).items()}
+        return shapes | self.density.layout.enumerated
 
     def to_config(self) -> dict[str, Any]:
         raise ValueError(

@@ -43,11 +43,11 @@ class Layout:
     """The program with its data."""
     sites: tuple[Site, ...]
     dims: dict[str, tuple[str, ...]]
-    """Dimensions of every reported site, those of ``pyro.deterministic`` included."""
+    """Dimensions of every latent site, those of ``pyro.deterministic`` included."""
     observed: dict[str, Tensor]
     observed_dims: dict[str, tuple[str, ...]]
-    enumerated: tuple[str, ...]
-    """Discrete latent sites, summed out."""
+    enumerated: dict[str, tuple[int, ...]]
+    """Shapes of the discrete latent sites, which are summed out."""
     max_plate_nesting: int
     dtype: torch.dtype
     device: torch.device
@@ -151,7 +151,7 @@ def discover(
     notes = check_trace(trace, starter.shapes)
     sites, start = [], 0
     dims: dict[str, tuple[str, ...]] = {}
-    observed, observed_dims, discrete = {}, {}, []
+    observed, observed_dims, discrete = {}, {}, {}
     for name, node in trace.nodes.items():
         if node["type"] != "sample" or _is_plate(node):
             continue
@@ -164,7 +164,8 @@ def discover(
             start += shape.numel()
             dims[name] = _dims(node)
         elif not node["is_observed"]:
-            discrete.append(name)
+            discrete[name] = tuple(value.shape)
+            dims[name] = _dims(node)
         elif node["infer"].get("_deterministic"):
             dims[name] = _dims(node)
         elif not isinstance(node["fn"], pyro.distributions.Unit):
@@ -177,7 +178,7 @@ def discover(
         dims,
         observed,
         observed_dims,
-        tuple(discrete),
+        discrete,
         nesting,
         dtype,
         generator.device,

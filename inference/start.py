@@ -28,7 +28,8 @@ def starting_points(
     """``(c, D)`` points, their log densities ``(c,)`` and gradients ``(c, D)``, all finite.
 
     Uniform in (-2, 2) on the unconstrained scale, as Stan does, drawn again where the density is
-    not finite, and led uphill where it is absurdly low; for a conjugate model, parameters drawn given a random starting assignment of its rows.
+    not finite, and led uphill where it is absurdly low; for a conjugate model, parameters drawn
+    given a random starting assignment of its rows.
 
     Raises:
         ValueError: No finite point in 100 tries.

@@ -23,6 +23,7 @@ from torch import Tensor, fx
 from bayesgen.inference.complaints import ProgramError, bijection, user_line
 from bayesgen.inference.graph import capture, simplify
 from bayesgen.inference.marginal import pointwise
+from bayesgen.inference.recover import recover
 from bayesgen.inference.sites import Flat, Given, Layout, discover, enumerated, quietly
 
 __all__ = ["Density", "trace"]
@@ -101,6 +102,20 @@ class Density:
             draws: Constrained values ``(*lead, *shape)`` of at least the latent sites.
         """
         return self._mapped(_pointwise, self._joined(draws))
+
+    def recover(
+        self, draws: Mapping[str, Tensor], *, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Discrete latents ``(*lead, *shape)``, drawn given the continuous ones.
+
+        Args:
+            draws: Constrained values ``(*lead, *shape)`` of at least the continuous sites.
+            generator: For the draws.
+        """
+        vectors = self._joined(draws)
+        found = recover(self.layout, vectors.flatten(0, -2), generator=generator)
+        lead = vectors.shape[:-1]
+        return {name: value.reshape((*lead, *value.shape[1:])) for name, value in found.items()}
 
     def _joined(self, draws: Mapping[str, Tensor]) -> Tensor:
         """Constrained draws, one after the other: ``(*lead, sum of sizes)``."""
@@ -298,8 +313,7 @@ def _values(layout: Layout, vector: Tensor) -> dict[str, Tensor]:
     with quietly(layout.dtype), Flat(layout.sites, vector):
         run = enumerated(layout) if layout.enumerated else layout.run
         nodes = poutine.trace(run).get_trace().nodes
-    # A deterministic value of an enumerated latent has one more dimension, and no value of its
-    # own.
+    # Enumerated latents, and what depends on them, have one more dimension and no value here.
     return {
         name: nodes[name]["value"].clone()
         for name, dims in layout.dims.items()

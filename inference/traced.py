@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ from bayesgen.inference.run import Engine, S, Task
 from bayesgen.inference.trace import Density, trace
 
 __all__ = ["TracedEngine"]
+
+_MAX_DISCRETE = 2**25  # labels of all draws together: 256 MiB
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,8 +70,14 @@ class TracedEngine(Engine[S], ABC):
 
     @staticmethod
     def sites_of(task: Task, density: Density, vectors: Tensor) -> dict[str, Tensor]:
-        """Sites ``(*lead, *shape)`` of unconstrained ``vectors (*lead, D)``: a fit's draws."""
+        """Sites ``(*lead, *shape)`` of unconstrained ``vectors (*lead, D)``: a fit's draws.
+
+        Discrete latents, summed out so far, are drawn given the others.
+        """
         sites = density.constrain(vectors)
+        count = vectors[..., 0].numel() * sum(map(math.prod, density.layout.enumerated.values()))
+        if 0 < count <= _MAX_DISCRETE:
+            sites |= density.recover(sites, generator=task.generator)
         if isinstance(task.model, FunctionModel):
             return sites
         return {name: value for name, value in sites.items() if name in task.model.dims}

@@ -186,7 +186,7 @@ def test_an_enumerated_mixture_is_the_marginal_one():
         trace(p, generator=generator()) for p in (enumerated_mixture, marginal_mixture)
     )
     assert summed.is_traced
-    assert summed.layout.enumerated == ("label",)
+    assert summed.layout.enumerated == {"label": (6,)}
     points = rng.standard_normal((4, 3), generator())
     for left, right in zip(summed.batched(4)(points), marginal.batched(4)(points), strict=True):
         torch.testing.assert_close(left, right)

@@ -27,14 +27,14 @@ def _counties(count):
         return pyro.deterministic("alpha", mu + sigma * raw)
 
 
-def radon_pooled(log_radon, county_idx, J, **_):  # noqa: N803 - Stan's name
+def radon_pooled(log_radon, county_idx, J, **_):
     """Radon in the houses of 85 counties."""
     alpha, sigma = _counties(J), pyro.sample("sigma_y", dist.HalfNormal(1.0))
     with pyro.plate("house", len(log_radon)):
         pyro.sample("y", dist.Normal(alpha[county_idx.long() - 1], sigma), obs=log_radon)
 
 
-def radon_intercept(log_radon, county_idx, J, log_uppm, floor_measure, **_):  # noqa: N803
+def radon_intercept(log_radon, county_idx, J, log_uppm, floor_measure, **_):
     """Radon by county, uranium in the soil and floor."""
     alpha, sigma = _counties(J), pyro.sample("sigma_y", dist.HalfNormal(1.0))
     beta = pyro.sample("beta", dist.Normal(torch.zeros(2), 10.0).to_event(1))

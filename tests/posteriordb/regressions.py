@@ -27,7 +27,7 @@ def regression_half_cauchy(y, x):
     _linear(y, x, pyro.sample("beta", flat(x.shape[1])), sigma)
 
 
-def sblrc(y, X, **_):  # noqa: N803 - Stan's name
+def sblrc(y, X, **_):
     """Normal coefficients, half-normal scale, no intercept."""
     beta = pyro.sample("beta", dist.Normal(torch.zeros(X.shape[1]), 10.0).to_event(1))
     _linear(y, X, beta, pyro.sample("sigma", dist.HalfNormal(10.0)))

@@ -1,10 +1,11 @@
-"""Time series: autoregression, moving average, hidden Markov models, an ODE, a Gaussian process."""
+"""Series: autoregression, moving average, hidden Markov models, an ODE, a Gaussian process."""
 
 from __future__ import annotations
 
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.distributions import constraints
 
 from tests.posteriordb.priors import ordered
 
@@ -19,7 +20,7 @@ __all__ = [
 ]
 
 
-def autoregression(y, K, **_):  # noqa: N803 - Stan's name
+def autoregression(y, K, **_):
     """K lags."""
     alpha = pyro.sample("alpha", dist.Normal(0.0, 10.0))
     beta = pyro.sample("beta", dist.Normal(torch.zeros(K), 10.0).to_event(1))
@@ -104,12 +105,9 @@ def solve(theta, start, years):
 
 def lotka_volterra(y_init, y, **_):
     """Pelts of lynx and hare in twenty years, with errors of a factor."""
-    theta = pyro.sample(
-        "theta",
-        dist.ImproperUniform(dist.constraints.positive, (), (4,)).to_event(0),
-    )
-    prior = dist.Normal(torch.tensor([1.0, 0.05, 1.0, 0.05]), torch.tensor([0.5, 0.05, 0.5, 0.05]))
-    pyro.factor("theta_prior", prior.log_prob(theta).sum())
+    loc, scale = torch.tensor([1.0, 0.05, 1.0, 0.05]), torch.tensor([0.5, 0.05, 0.5, 0.05])
+    theta = pyro.sample("theta", dist.ImproperUniform(constraints.positive, (), (4,)))
+    pyro.factor("theta_prior", dist.Normal(loc, scale).log_prob(theta).sum())
     z_init = pyro.sample(
         "z_init", dist.LogNormal(torch.log(10.0 * torch.ones(2)), 1.0).to_event(1)
     )
