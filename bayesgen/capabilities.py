@@ -299,6 +299,16 @@ class Partitioned(Conjugate):
         """Statistics of a batch under given responsibilities ``(..., K, b)``, by block."""
 
     @abstractmethod
+    def scattered(
+        self, x: Tensor, *, num_batch: int, generator: torch.Generator, varied: bool = False
+    ) -> Mapping[str, Tensors]:
+        """As :meth:`start`, from responsibilities drawn at random whatever the row holds.
+
+        Distances mean little between sparse rows (words of a text, items of a basket): there this
+        is the better start.
+        """
+
+    @abstractmethod
     def embed(self, x: Tensor) -> Tensor:
         """Rows as points ``(b, e)`` on one scale: distances there guide starts and splits."""
 

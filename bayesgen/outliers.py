@@ -331,7 +331,12 @@ def outliers(
     p_values, scores, sizes = used.p_values(fit, rows, generator=generator)
     called, q_values = benjamini_hochberg(p_values, fdr, dependence=dependence)
     if generator is None and together_needed(len(rows), fdr, int(sizes.max())) > len(rows):
-        warnings.warn(_too_small(len(rows), fdr, int(sizes.max())), UserWarning, stacklevel=2)
+        warnings.warn(
+            f"no row can be called at fdr={fdr:g} with {int(sizes.max())} calibration rows: the "
+            "verdict's message says what helps.",
+            UserWarning,
+            stacklevel=2,
+        )
     message = _message(fit, rows, used, fdr, sizes, called)
     return Outliers(called, p_values, q_values, scores, fdr, sizes, message, used)
 

@@ -8,6 +8,7 @@ are the same stream.
 
 from __future__ import annotations
 
+import math
 import operator
 import random
 import secrets
@@ -23,6 +24,7 @@ __all__ = [
     "beta",
     "categorical",
     "chi2",
+    "draw_and_normaliser",
     "fork",
     "gamma",
     "get_state",
@@ -241,10 +243,20 @@ def categorical(logits: Tensor, generator: torch.Generator, dim: int = -2) -> Te
         >>> categorical(logits, make_generator(0)).tolist()
         [0, 1]
     """
-    cumulative = (logits - logits.amax(dim, keepdim=True)).exp_().cumsum_(dim)
+    return draw_and_normaliser(logits, generator, dim)[0]
+
+
+def draw_and_normaliser(
+    logits: Tensor, generator: torch.Generator, dim: int = -2
+) -> tuple[Tensor, Tensor]:
+    """Indices as :func:`categorical`, and the log normalisers ``(..., n)``: one pass for both."""
+    top = logits.amax(dim, keepdim=True)
+    # To the base two: on a processor several times faster than exp.
+    cumulative = (logits - top).mul_(math.log2(math.e)).exp2_().cumsum_(dim)
     total = cumulative.narrow(dim, -1, 1)
     uniform = torch.rand(
         total.shape, generator=generator, dtype=logits.dtype, device=logits.device
     )
     index = (cumulative <= uniform * total).sum(dim)
-    return index.clamp_(max=logits.shape[dim] - 1)
+    normaliser = (top + total.log()).squeeze(dim)
+    return index.clamp_(max=logits.shape[dim] - 1), normaliser

@@ -18,15 +18,28 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bayesgen.capabilities import Partitioned, require
 from bayesgen.conjugate import Local, add_statistics
 
 if TYPE_CHECKING:
     from bayesgen.capabilities import Conjugate, Tensors
     from bayesgen.inference.source import Source
 
-__all__ = ["SCHEDULES", "Ascent", "Rule", "ascend", "begin", "check_schedule", "pick", "stack"]
+__all__ = [
+    "SCHEDULES",
+    "STARTS",
+    "Ascent",
+    "Rule",
+    "ascend",
+    "begin",
+    "check_schedule",
+    "first_statistics",
+    "pick",
+    "stack",
+]
 
 SCHEDULES = ("full", "memoised", "stochastic")
+STARTS = ("k-means++", "random")
 
 Nested = dict[str, dict[str, Tensor]]
 
@@ -104,16 +117,33 @@ def begin(
     num_starts: int,
     generator: torch.Generator,
     *,
+    kind: str = STARTS[0],
     varied: bool = False,
     limit: int = 20_000,
 ) -> Ascent:
-    """Parameters of ``num_starts`` k-means++ starts, found on at most ``limit`` rows."""
+    """Parameters of ``num_starts`` starts of one kind, found on at most ``limit`` rows."""
     rows = source.rows(limit, generator)
-    start = source.model.start(rows, num_batch=num_starts, generator=generator, varied=varied)
+    start = first_statistics(source.model, rows, num_starts, generator, kind=kind, varied=varied)
     share = source.num_rows / len(rows)
     return evaluate(
         rule, source, rule.solve(source.model, _map(lambda s: s * share, start), None), 0
     )
+
+
+def first_statistics(
+    model: Conjugate,
+    rows: Tensor,
+    num_batch: int,
+    generator: torch.Generator,
+    *,
+    kind: str = STARTS[0],
+    varied: bool = False,
+) -> Mapping[str, Tensors]:
+    """Statistics of random starting guesses: the model's own, or whatever the rows hold."""
+    if kind == "random":
+        partitioned = require(model, Partitioned, "start='random'")
+        return partitioned.scattered(rows, num_batch=num_batch, generator=generator, varied=varied)
+    return model.start(rows, num_batch=num_batch, generator=generator, varied=varied)
 
 
 def evaluate(rule: Rule, source: Source, parameters: Nested, num_passes: int) -> Ascent:

@@ -12,6 +12,7 @@ from torch import Tensor
 from bayesgen.capabilities import Conjugate
 from bayesgen.inference.checks import check_choice, check_settings
 from bayesgen.inference.coordinate import (
+    STARTS,
     Ascent,
     Nested,
     Rule,
@@ -79,7 +80,10 @@ class EM(Engine[Ascent]):
     Args:
         objective: ``"posterior"`` climbs to the mode under the model's priors (in the softmax
             basis for weights), ``"likelihood"`` ignores them.
-        num_starts: k-means++ starts run as one batch; the best one that has not collapsed is kept.
+        num_starts: Starts run as one batch; the best one that has not collapsed is kept.
+        start: ``"k-means++"``: the model's own starts, clusters for a mixture. ``"random"``:
+            responsibilities at random, the better start of a mixture on sparse binary rows and
+            counts.
         tolerance: Converged when the objective of every start rises by less than this, in nats a
             row.
         max_steps: Passes at most.
@@ -93,6 +97,7 @@ class EM(Engine[Ascent]):
 
     objective: str = "posterior"
     num_starts: int = 5
+    start: str = "k-means++"
     tolerance: float = 1e-6
     max_steps: int = 1000
     schedule: str = "full"
@@ -102,6 +107,7 @@ class EM(Engine[Ascent]):
 
     def __post_init__(self) -> None:
         check_choice("EM", "objective", self.objective, ("posterior", "likelihood"))
+        check_choice("EM", "start", self.start, STARTS)
         check_settings(
             "EM",
             num_starts=self.num_starts,
@@ -134,7 +140,7 @@ class EM(Engine[Ascent]):
         )
 
     def init(self, task: Task, work: Source) -> Ascent:
-        return begin(self._rule, work, self.num_starts, task.generator)
+        return begin(self._rule, work, self.num_starts, task.generator, kind=self.start)
 
     def step(self, task: Task, work: Source, state: Ascent) -> tuple[Ascent, Info]:
         new = ascend(self._rule, work, state, self.schedule)

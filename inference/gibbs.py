@@ -11,8 +11,8 @@ from torch import Tensor
 
 from bayesgen.capabilities import Conjugate, Partitioned
 from bayesgen.data import Dataset
-from bayesgen.inference.checks import check_settings
-from bayesgen.inference.coordinate import Nested, stack
+from bayesgen.inference.checks import check_choice, check_settings
+from bayesgen.inference.coordinate import STARTS, Nested, first_statistics, stack
 from bayesgen.inference.run import Engine, Info, Task
 from bayesgen.inference.source import Source
 from bayesgen.inference.split_merge import split_merge
@@ -76,6 +76,9 @@ class Gibbs(Engine[GibbsState]):
         num_warmup: Sweeps before the first draw is kept.
         thinning: Sweeps a draw.
         num_moves: Split-merge attempts a sweep of a mixture; 0 for none.
+        start: ``"k-means++"``: the model's own starts, clusters for a mixture. ``"random"``:
+            responsibilities at random, the better start of a mixture on sparse binary rows and
+            counts.
         batch_size: Rows of a chunk; None chooses chunks that fit the processor's cache.
         dtype: Precision of the products over rows; parameters are drawn in float64.
         device: Where to compute.
@@ -86,11 +89,13 @@ class Gibbs(Engine[GibbsState]):
     num_warmup: int = 500
     thinning: int = 1
     num_moves: int = 1
+    start: str = "k-means++"
     batch_size: int | None = None
     dtype: torch.dtype = torch.float64
     device: str = "cpu"
 
     def __post_init__(self) -> None:
+        check_choice("Gibbs", "start", self.start, STARTS)
         check_settings(
             "Gibbs",
             num_chains=self.num_chains,
@@ -141,10 +146,13 @@ class Gibbs(Engine[GibbsState]):
 
     def init(self, task: Task, work: Work) -> GibbsState:
         rows = work.source.rows(_START_ROWS, task.generator)
+        start: Mapping[str, Tensors]
         if work.observed is None and self._seeks(task.model):
             start = self._settled(task, rows)
         else:
-            start = task.model.start(rows, num_batch=self.num_chains, generator=task.generator)
+            start = first_statistics(
+                task.model, rows, self.num_chains, task.generator, kind=self.start
+            )
         share = work.source.num_rows / len(rows)
         values = self._draw(
             task, {b: {k: share * v for k, v in s.items()} for b, s in start.items()}, None
@@ -165,12 +173,14 @@ class Gibbs(Engine[GibbsState]):
     def _settled(self, task: Task, rows: Tensor) -> Nested:
         """Statistics of one variational optimum a chain, where moves cannot be used.
 
-        Such chains could not leave a poor start by themselves. Each search has its own k-means++
+        Such chains could not leave a poor start by themselves. Each search has its own
         start, so chains that end in different optima still show as an R-hat above 1.
         """
         data = Dataset.from_codes(rows, task.data.schema)
         part = replace_task(task, data=data)
-        search = VB(num_starts=1, tolerance=1e-4, dtype=self.dtype, device=self.device)
+        search = VB(
+            num_starts=1, start=self.start, tolerance=1e-4, dtype=self.dtype, device=self.device
+        )
         work = search.prepare(part)
         found = []
         for _ in range(self.num_chains):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,8 @@ __all__ = ["Source"]
 # accelerator it is large enough to fill it.
 _CHUNK = {"cpu": 3 * 2**20}
 _LARGE_CHUNK = 2**28
-# Numbers of all features together up to which they are computed once and kept.
+# Numbers of all features together up to which they are computed once and kept; beyond that, where
+# they take no more room than the rows themselves.
 _KEEP = 2**22
 
 
@@ -53,7 +55,7 @@ class Source:
             size = _CHUNK.get(self.device.type, _LARGE_CHUNK) // dtype.itemsize
             batch_size = max(256, min(size // (model.row_size + num_batch), self.num_rows))
         self.batch_size = batch_size
-        self._keep = data.in_memory and self.num_rows * model.row_size <= _KEEP
+        self._keep = data.in_memory
         # On the processor chunks are converted one by one: float32 data are never held twice.
         self._rows: Tensor | None = None
         if data.in_memory and self.device.type != "cpu":
@@ -75,14 +77,22 @@ class Source:
         if self._kept is not None:
             yield from self._kept
             return
-        kept = []
+        kept: list[Any] = []
         for rows in self._chunks():
             observed = self.model.observe(rows, self.dtype)
+            if self._keep and not kept:
+                self._keep = self._affordable(observed, rows)
             if self._keep:
                 kept.append(observed)
             yield observed
         if self._keep:
             self._kept = kept
+
+    def _affordable(self, observed: Any, rows: Tensor) -> bool:
+        """Whether the features of all rows may be kept, judged by the first batch."""
+        if self.num_rows * self.model.row_size <= _KEEP:
+            return True
+        return _bytes(observed) <= rows.numel() * rows.element_size()
 
     def _chunks(self) -> Iterator[Tensor]:
         if self._rows is None:
@@ -136,3 +146,12 @@ class Source:
         if total is None or bound is None:
             raise ValueError("the data have no rows.")
         return Local(total, bound, {"labels": torch.cat(labels, -1)} if keep_labels else {})
+
+
+def _bytes(observed: Any) -> float:
+    """Bytes of the tensors in an observed batch, whatever tuples they are packed in."""
+    if isinstance(observed, Tensor):
+        return observed.numel() * observed.element_size()
+    if isinstance(observed, tuple):
+        return sum(_bytes(item) for item in observed)
+    return 0 if observed is None or isinstance(observed, bool) else math.inf

@@ -174,6 +174,6 @@ def _launch(
         share = torch.log(model.occupancy(statistics) + 0.5)
         log_odds = (
             scores[..., 1, :] - scores[..., 0, :] + (share[..., 1] - share[..., 0]).unsqueeze(-1)
-        )
+        ).to(points.dtype)
         weight = torch.sigmoid(log_odds)
     return log_odds

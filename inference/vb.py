@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from bayesgen.capabilities import Conjugate, Partitioned
-from bayesgen.inference.checks import check_settings
+from bayesgen.inference.checks import check_choice, check_settings
 from bayesgen.inference.coordinate import (
+    STARTS,
     Ascent,
     Nested,
     Rule,
@@ -101,6 +102,9 @@ class VB(Engine[VBState]):
 
     Args:
         num_starts: Starts, as the model makes them.
+        start: ``"k-means++"``: the model's own starts, clusters for a mixture. ``"random"``:
+            responsibilities at random, the better start of a mixture on sparse binary rows and
+            counts.
         tolerance: Converged when the ELBO rises by less than this, in nats a row.
         max_steps: Steps at most; a step is a pass over the data, or one round of moves.
         moves: Whether to search by moves after the ascent of the starts; a model without
@@ -114,6 +118,7 @@ class VB(Engine[VBState]):
     """
 
     num_starts: int = 5
+    start: str = "k-means++"
     tolerance: float = 1e-6
     max_steps: int = 2000
     moves: bool = True
@@ -124,6 +129,7 @@ class VB(Engine[VBState]):
     device: str = "cpu"
 
     def __post_init__(self) -> None:
+        check_choice("VB", "start", self.start, STARTS)
         check_settings(
             "VB",
             num_starts=self.num_starts,
@@ -153,7 +159,9 @@ class VB(Engine[VBState]):
         )
 
     def init(self, task: Task, work: Source) -> VBState:
-        start = begin(_Expectation(), work, self.num_starts, task.generator, varied=True)
+        start = begin(
+            _Expectation(), work, self.num_starts, task.generator, kind=self.start, varied=True
+        )
         return VBState(*start, phase="starts", kind=0, failures=0)
 
     def step(self, task: Task, work: Source, state: VBState) -> tuple[VBState, Info]:

@@ -308,8 +308,7 @@ class Mixture(Model, Program, Scored, Generative, Encoder, Conditional, Symmetri
             responsibilities, normaliser = _softmax(logits)
             latents = {"responsibilities": responsibilities}
         else:
-            normaliser = torch.logsumexp(logits, dim=-2)
-            labels = rng.categorical(logits, generator)
+            labels, normaliser = rng.draw_and_normaliser(logits, generator)
             responsibilities = torch.zeros_like(logits).scatter_(-2, labels.unsqueeze(-2), 1.0)
             latents = {"labels": labels}
         components = self.family.statistics(
@@ -342,18 +341,31 @@ class Mixture(Model, Program, Scored, Generative, Encoder, Conditional, Symmetri
         generator: torch.Generator,
         varied: bool = False,
     ) -> dict[str, dict[str, Tensor]]:
-        points, k = self.embed(x), self.num_components
-        sizes = [k] * num_batch
-        if varied and k > 2 and num_batch > 1:
-            sizes = [round(k * (2 / k) ** (i / (num_batch - 1))) for i in range(num_batch)]
+        points = self.embed(x)
         # Every other start stops after one step of k-means: converged ones are often alike.
         hard = torch.stack(
             [
                 self._seeded(points, size, 1 if i % 2 else _LLOYD_STEPS, generator)
-                for i, size in enumerate(sizes)
+                for i, size in enumerate(self._sizes(num_batch, varied))
             ]
         )
         return self.assigned(self.observe(x), hard)
+
+    def _sizes(self, num_batch: int, varied: bool) -> list[int]:
+        """Clusters of each start: all components, or from all of them down to two."""
+        k = self.num_components
+        if not varied or k < 3 or num_batch < 2:
+            return [k] * num_batch
+        return [round(k * (2 / k) ** (i / (num_batch - 1))) for i in range(num_batch)]
+
+    def scattered(
+        self, x: Tensor, *, num_batch: int, generator: torch.Generator, varied: bool = False
+    ) -> dict[str, dict[str, Tensor]]:
+        shape = (num_batch, self.num_components, len(x))
+        shares = torch.rand(shape, generator=generator, dtype=x.dtype, device=x.device)
+        for i, size in enumerate(self._sizes(num_batch, varied)):
+            shares[i, size:] = 0.0
+        return self.assigned(self.observe(x), shares / shares.sum(-2, keepdim=True))
 
     def _seeded(
         self, points: Tensor, num_clusters: int, max_iter: int, generator: torch.Generator

@@ -294,7 +294,7 @@ def test_rows_that_no_calibration_row_can_judge():
 # ------------------------------------------------------------------ messages and results
 def test_too_small_a_calibration_set_says_how_many_rows_are_needed():
     fit = gaussian_fit(normals(20, 2, seed=0))
-    with pytest.warns(UserWarning, match="no row can be called: with 10 calibration rows"):
+    with pytest.warns(UserWarning, match="no row can be called at fdr=0.05 with 10 calibration"):
         found = outliers.outliers(fit, normals(5, 2, seed=1) + 30, fdr=0.05)
     assert not bool(found.is_outlier.any())
     assert "19 calibration rows at least, 99 to call one row alone among 5" in found.message
