@@ -11,7 +11,7 @@ nats.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
@@ -124,6 +124,11 @@ class Pointwise(ABC):
 
 class Simulated(ABC):
     """New data sets from the program itself, and its prior, in the shapes of its own data."""
+
+    @property
+    @abstractmethod
+    def program(self) -> Callable[[], Any]:
+        """The Pyro program with its data, called without arguments."""
 
     @abstractmethod
     def replicate(self, draws: Tensors, *, generator: torch.Generator) -> Tensors:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from bayesgen.conditional import Conditioned
     from bayesgen.explained import ExplainedVariance
     from bayesgen.outliers import Outliers
+    from bayesgen.relations import Graph
     from bayesgen.summary import Summary
     from bayesgen.verdict import Verdict
 
@@ -436,6 +437,18 @@ class Fit:
         if "num_occupied" in self.sample_stats:  # the labels are gone, but the engine counted them
             found.setdefault("num_occupied", self.sample_stats["num_occupied"].to(torch.float64))
         return found
+
+    def graph(self) -> Graph:
+        """The model as a graph: ``print`` gives Mermaid, ``dot()`` DOT, ``svg()`` a picture.
+
+        Plates are subgraphs, observed sites are shaded, computed ones dashed.
+
+        Raises:
+            TypeError: The model has no Pyro program.
+        """
+        from bayesgen.relations import graph
+
+        return graph(self)
 
     @cached_property
     def arviz(self) -> Any:

@@ -61,9 +61,16 @@ def is_data(node: Mapping[str, Any]) -> bool:
 class Forwards(Messenger):
     """Set some sites, and draw all others, the observed ones included unless they are kept."""
 
-    def __init__(self, values: Mapping[str, Tensor], *, keep_observed: bool = False) -> None:
+    def __init__(
+        self,
+        values: Mapping[str, Tensor],
+        *,
+        keep_observed: bool = False,
+        flat_at_zero: bool = False,
+    ) -> None:
         super().__init__()
         self.values, self.keep_observed = values, keep_observed
+        self.flat_at_zero = flat_at_zero  # a value, and no draw, of what has no draws
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         if poutine.util.site_is_subsample(msg) or msg["done"]:
@@ -76,7 +83,12 @@ class Forwards(Messenger):
                 return
             msg["fn"] = _expanded(msg["fn"], msg["value"])
             msg["is_observed"] = False
-        msg["value"], msg["done"] = _drawn(msg["fn"], msg["name"]), True
+        if self.flat_at_zero and isinstance(msg["fn"], dist.ImproperUniform):
+            transform = torch.distributions.biject_to(msg["fn"].support)
+            msg["value"] = transform(torch.zeros(transform.inverse_shape(msg["fn"].shape())))
+        else:
+            msg["value"] = _drawn(msg["fn"], msg["name"])
+        msg["done"] = True
 
 
 def _expanded(law: Any, value: Any) -> Any:

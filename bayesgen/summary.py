@@ -80,6 +80,19 @@ class Summary:
                 chosen[name] = value
         return chosen
 
+    def draws_of(self, label: str) -> NDArray[np.float64]:
+        """The draws ``(chain, draw)`` of one row of :attr:`table`.
+
+        Raises:
+            ValueError: There is no such row.
+        """
+        for name, value in self._chosen.items():
+            names = self._labels(name, value)
+            if label in names:
+                flat = value.reshape(*value.shape[:2], -1)[..., names.index(label)]
+                return flat.detach().double().cpu().numpy()
+        raise ValueError(f"the table has no row {label!r}; see fit.summary().table.index.")
+
     # ------------------------------------------------------------ verdict
     @property
     def problems(self) -> tuple[str, ...]:

@@ -234,6 +234,10 @@ class FunctionModel(Model, Pointwise, Simulated):
         return self.density.layout.observed
 
     # ------------------------------------------------------------ Simulated
+    @property
+    def program(self) -> Callable[[], Any]:
+        return self.density.layout.run
+
     def replicate(self, draws: Tensors, *, generator: torch.Generator) -> Tensors:
         layout = self.density.layout
         self._check_observed()

@@ -30,6 +30,7 @@ __all__ = [
     "outliers",
     "predict",
     "read_data",
+    "report",
     "sample",
     "score",
     "summary",
@@ -113,6 +114,17 @@ def summary(run: str, *, out: str | None = None, force: bool = False) -> None:
         print(told)
         return
     write_frame(told.table.rename_axis("entry").reset_index(), out)
+
+
+def report(run: str, *, out: str | None = None, force: bool = False, quiet: bool = False) -> None:
+    """Write one page about the fit: verdict, tables, pictures, graph, data and versions."""
+    from bayesgen.app.report import write_report
+
+    target = Path(run) / "report.html" if out is None else Path(out)
+    fit = load_run(run)
+    write_report(fit, target, force=force or out is None)
+    word = "PASS" if fit.verdict() else "FAIL"
+    say(f"wrote {target} ({word})", quiet=quiet)
 
 
 def score(run: str, data: str, *, out: str = "-", force: bool = False) -> None:

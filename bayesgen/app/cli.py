@@ -67,6 +67,7 @@ def cli() -> None:
     \b
       bayesgen fit GaussianMixture faithful --set num_components=10 --out runs/first
       bayesgen summary runs/first
+      bayesgen report runs/first
       bayesgen outliers runs/first new.csv --fdr 0.05 --out outliers.csv
     """  # noqa: D301
 
@@ -94,7 +95,10 @@ def doctor() -> int:
 @click.argument("model")
 @_data
 @click.option(
-    "--engine", default="vb", show_default=True, help="vb, gibbs, em, or an installed one."
+    "--engine",
+    default="vb",
+    show_default=True,
+    help="vb, gibbs, em, nuts, or any other that `bayesgen models` lists.",
 )
 @click.option("--set", "model_settings", multiple=True, metavar="NAME=VALUE", help="Of the model.")
 @click.option(
@@ -153,6 +157,17 @@ def summary(run: str, out: str | None, force: bool) -> None:
     from bayesgen.app import actions
 
     actions.summary(run, out=out, force=force)
+
+
+@cli.command(short_help="Write a page about a fit: verdict, tables, pictures.")
+@_run
+@click.option("--out", metavar="FILE", help="An .html file; report.html in RUN by default.")
+@_options(_force, _quiet)
+def report(run: str, out: str | None, force: bool, quiet: bool) -> None:
+    """One HTML page about RUN: verdict, tables, pictures, graph of the model, versions."""
+    from bayesgen.app import actions
+
+    actions.report(run, out=out, force=force, quiet=quiet)
 
 
 @cli.command(short_help="Score rows by their log density.")

@@ -7,6 +7,7 @@ needed, nothing has to be closed.
 
 from __future__ import annotations
 
+from bayesgen.plots.chains import chains, draw_pairs, energy
 from bayesgen.plots.checks import (
     agreement,
     occupied,
@@ -18,14 +19,19 @@ from bayesgen.plots.checks import (
     trace,
 )
 from bayesgen.plots.densities import components, density, labels, pairs, responsibilities
+from bayesgen.plots.graph import graph_svg
 from bayesgen.plots.latents import biplot, latent_map, loadings, scree
 from bayesgen.plots.predictive import predictive
 
 __all__ = [
     "agreement",
     "biplot",
+    "chains",
     "components",
     "density",
+    "draw_pairs",
+    "energy",
+    "graph_svg",
     "labels",
     "latent_map",
     "loadings",

@@ -211,7 +211,9 @@ def components(
         for outline, weight in zip(outlines[:, k], weights[:, k].tolist(), strict=True):
             if weight < smallest:
                 continue  # empty in this draw: its place is the prior's, not the data's
-            ax.plot(*outline, color=color(k), lw=0.8, alpha=max(0.06, 4.0 / len(outlines)))
+            ax.plot(
+                *outline, color=color(k), lw=0.8, alpha=min(1.0, max(0.06, 4.0 / len(outlines)))
+            )
         center = ((weights[:, k, None] * loc[:, k]).sum(0) / weights[:, k].sum()).tolist()
         ax.plot(*center, _MARKERS[k // len(PALETTE) % len(_MARKERS)], color="white", ms=9)
         ax.plot(*center, _MARKERS[k // len(PALETTE) % len(_MARKERS)], color=color(k), ms=6)

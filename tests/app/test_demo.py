@@ -19,7 +19,7 @@ from bayesgen import datasets
 from bayesgen.app.cli import cli
 from bayesgen.app.demo import arviz_pictures, faithful, wine
 from bayesgen.app.demo.background import Background
-from bayesgen.app.demo.page import Mark, Page
+from bayesgen.app.page import Mark, Page
 from bayesgen.inference import EM
 from bayesgen.models import GaussianMixture
 

@@ -354,3 +354,26 @@ def test_simulated_data_beside_the_data():
     np.testing.assert_allclose(share, np.searchsorted(ordered, at, side="right") / 30)
     assert len(figure.axes[1].lines) == 60 + 2
     assert plots.predictive({"y": many["y"]}).axes
+
+
+def test_chains_energies_and_pairs_of_draws():
+    generator = torch.Generator().manual_seed(0)
+    made = pretend(UnitMixture(1), torch.randn(40, 2, generator=generator), num_chains=3)
+    stats = {
+        "energy": torch.randn(3, 100, generator=generator),
+        "diverging": torch.arange(300).reshape(3, 100) % 60 == 0,
+    }
+    fit = Fit(made.model, made.draws, data=made.data, sample_stats=stats)
+    figure = plots.chains(fit, ["loc[0, x0]", "mean[1]"])
+    assert [ax.get_ylabel() for ax in figure.axes[::3]] == ["loc\n[0, x0]", "mean\n[1]"]
+    trace = figure.axes[1].lines
+    assert len(trace) == 3
+    np.testing.assert_array_equal(trace[2].get_ydata(), made.draws["loc"][2, :, 0, 0].numpy())
+    assert len(plots.chains(fit, max_rows=2).axes) == 6
+    pairs = plots.draw_pairs(fit, ["loc[0, x0]", "loc[0, x1]"])
+    assert len(pairs.axes[2].lines[1].get_xdata()) == 5  # the divergent ones
+    assert plots.energy(fit).get_xlabel().startswith("energy")
+    with pytest.raises(ValueError, match="no energies"):
+        plots.energy(made)
+    with pytest.raises(ValueError, match="no row 'nothing'"):
+        plots.chains(fit, ["nothing"])

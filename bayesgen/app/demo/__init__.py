@@ -9,8 +9,8 @@ from pathlib import Path
 
 import bayesgen
 from bayesgen.app.demo.faithful import Faithful
-from bayesgen.app.demo.page import Page
 from bayesgen.app.demo.wine import Wine
+from bayesgen.app.page import Page
 from bayesgen.app.progress import say
 
 __all__ = ["make"]

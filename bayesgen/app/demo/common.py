@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from bayesgen.app.demo.arviz_pictures import KINDS, draw
-from bayesgen.app.demo.page import Mark, Page
 from bayesgen.app.output import rows_frame, write_frame
+from bayesgen.app.page import Mark, Page
 from bayesgen.arviz_groups import import_arviz, is_datatree
 
 if TYPE_CHECKING:
@@ -106,6 +106,7 @@ def arviz_pictures(
         f"variance of {column}": free["covariance"][..., at, at],
     }
     for kind in kinds:
+        assert page.folder is not None
         draw(values, kind, page.folder / f"{name}_{kind}.png")
         one = f"gibbs.arviz.sel(column={column!r}, column_2={column!r})"
         code = f'az.plot_{kind}({one}, var_names=["num_effective", "mean", "covariance"])'

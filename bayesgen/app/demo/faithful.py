@@ -20,7 +20,7 @@ from bayesgen.app.demo.common import (
     save_rows,
     trust,
 )
-from bayesgen.app.demo.page import Page
+from bayesgen.app.page import Page
 from bayesgen.calibration import posterior_predictive_check
 from bayesgen.diagnostics import agreement
 from bayesgen.inference import VB, Gibbs

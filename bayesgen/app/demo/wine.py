@@ -22,8 +22,8 @@ from bayesgen.app.demo.common import (
     save_rows,
     trust,
 )
-from bayesgen.app.demo.page import Page
 from bayesgen.app.demo.wine_pictures import gap_figures, gaps_drawn, labels_beside_truth
+from bayesgen.app.page import Page
 from bayesgen.calibration import posterior_predictive_check
 from bayesgen.data import as_dataset
 from bayesgen.diagnostics import agreement
