@@ -11,8 +11,8 @@ nats.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Conditional",
     "Conjugate",
+    "Decoder",
     "Denoising",
     "Encoder",
     "Explained",
@@ -34,9 +35,12 @@ __all__ = [
     "Model",
     "Partitioned",
     "Pointwise",
+    "Pooled",
     "Program",
     "Scored",
     "Simulated",
+    "Solution",
+    "Solvable",
     "Symmetric",
     "Tensors",
     "require",
@@ -157,6 +161,18 @@ class Encoder(ABC):
     @abstractmethod
     def encode(self, x: Tensor, draws: Tensors) -> Distribution:
         """The distribution of each row's latent, batch shape ``(*draw, n)``."""
+
+
+class Decoder(ABC):
+    """Rows without their noise, from continuous latents."""
+
+    @abstractmethod
+    def sample_latents(self, draws: Tensors, *, generator: torch.Generator) -> Tensor:
+        """One latent from its prior for each of the ``m`` parameter draws: ``(m, q)``."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor, draws: Tensors) -> Tensor:
+        """Mean of the row that each latent ``(*draw, n, q)`` stands for: ``(*draw, n, d)``."""
 
 
 class Conditional(ABC):
@@ -330,6 +346,58 @@ class Partitioned(Conjugate):
         """Whether labels alone determine the statistics: no missing entry, no local scale."""
 
 
+class Pooled(Conjugate):
+    """A conjugate model of which batches can be observed together, by their sums.
+
+    Engines then pass over the data once: a step works on the sums, however many rows there are.
+    """
+
+    @property
+    @abstractmethod
+    def pools(self) -> bool:
+        """Whether sums suffice for the data that the model is bound to."""
+
+    @abstractmethod
+    def pool(self, left: Any, right: Any) -> Any:
+        """What :meth:`observe` would give of both batches together."""
+
+
+class Solvable(ABC):
+    """A model whose likelihood has its maximum in closed form."""
+
+    @abstractmethod
+    def solve(
+        self,
+        passes: Callable[[], Iterable[Tensor]],
+        *,
+        restricted: bool,
+        method: str,
+        generator: torch.Generator,
+    ) -> Solution:
+        """The maximum, in as few passes as can be.
+
+        Args:
+            passes: Called for each pass; gives all rows in batches ``(b, d)``, float64.
+            restricted: Whether the mean is integrated out of the likelihood under a flat prior.
+            method: ``"exact"``, ``"randomised"``, or ``"auto"`` for what suits the data's size.
+            generator: Source of randomness of ``"randomised"``.
+
+        Raises:
+            ValueError: The data have gaps, or an unknown method.
+        """
+
+
+class Solution(NamedTuple):
+    """The maximum of a likelihood."""
+
+    values: Tensors
+    """Parameters in the data's units, under their public names."""
+    log_likelihood: float
+    """Of all rows at these values, in nats."""
+    messages: tuple[str, ...] = ()
+    """What a person should know of it."""
+
+
 C = TypeVar("C")
 
 
@@ -356,6 +424,9 @@ _ALL: tuple[type, ...] = (
     Denoising,
     Explained,
     Symmetric,
+    Decoder,
     Conjugate,
     Partitioned,
+    Pooled,
+    Solvable,
 )

@@ -5,9 +5,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["EM", "NUTS", "VB", "Gibbs", "prior_predictive"]
+__all__ = ["EM", "NUTS", "VB", "ClosedForm", "Gibbs", "prior_predictive"]
 
 if TYPE_CHECKING:
+    from bayesgen.inference.closed_form import ClosedForm
     from bayesgen.inference.em import EM
     from bayesgen.inference.gibbs import Gibbs
     from bayesgen.inference.nuts import NUTS
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from bayesgen.inference.vb import VB
 
 _HOMES = {
+    "ClosedForm": "bayesgen.inference.closed_form",
     "EM": "bayesgen.inference.em",
     "Gibbs": "bayesgen.inference.gibbs",
     "NUTS": "bayesgen.inference.nuts",

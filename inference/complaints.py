@@ -97,13 +97,22 @@ def _check_plate(node: Mapping[str, Any]) -> None:
         )
 
 
+def _inside(law: Any, value: torch.Tensor) -> bool:
+    try:
+        return bool(law.support.check(value).all())
+    except (NotImplementedError, ValueError, RuntimeError):
+        return False
+
+
 def _check_observed(node: Mapping[str, Any]) -> None:
     if not node["is_observed"] or node["infer"].get("_deterministic"):
         return
     name, law, value = node["name"], node["fn"], node["value"]
     if not isinstance(value, torch.Tensor) or not isinstance(law.shape(), torch.Size):
         return
-    if value.is_floating_point() and bool(value.isnan().any()):
+    gaps = value.is_floating_point() and bool(value.isnan().any())
+    # A law whose support holds NaN integrates missing entries out.
+    if gaps and not _inside(law, value):
         count = int(value.isnan().sum())
         raise ProgramError(
             f"site '{name}': {count} of {value.numel()} observed values are NaN. Drop those "

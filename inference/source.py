@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bayesgen.capabilities import Partitioned, require
+from bayesgen.capabilities import Partitioned, Pooled, require
 from bayesgen.conjugate import Local, add_statistics
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ class Source:
     Args:
         model: A bound conjugate model.
         data: The rows.
-        batch_size: Rows of a batch; None chooses chunks that fit the processor's cache.
+        batch_size: Rows of a batch; None chooses chunks that fit the processor's cache. A model
+            that pools its rows sees all of them as one batch, of their sums.
         num_batch: Leading batch dimension of the messages that passes will carry.
         dtype: Precision of the features; statistics are merged in float64.
         device: Where to compute.
@@ -54,7 +55,9 @@ class Source:
         if batch_size is None:
             size = _CHUNK.get(self.device.type, _LARGE_CHUNK) // dtype.itemsize
             batch_size = max(256, min(size // (model.row_size + num_batch), self.num_rows))
-        self.batch_size = batch_size
+        self._chunk = batch_size
+        self._pool = model if isinstance(model, Pooled) and model.pools else None
+        self.batch_size = batch_size if self._pool is None else self.num_rows
         self._keep = data.in_memory
         # On the processor chunks are converted one by one: float32 data are never held twice.
         self._rows: Tensor | None = None
@@ -77,6 +80,10 @@ class Source:
         if self._kept is not None:
             yield from self._kept
             return
+        if self._pool is not None:
+            self._kept = [self._pooled(self._pool)]
+            yield from self._kept
+            return
         kept: list[Any] = []
         for rows in self._chunks():
             observed = self.model.observe(rows, self.dtype)
@@ -94,11 +101,19 @@ class Source:
             return True
         return _bytes(observed) <= rows.numel() * rows.element_size()
 
+    def _pooled(self, model: Pooled) -> Any:
+        """All rows as one observed batch, in one pass."""
+        total: Any = None
+        for rows in self._chunks():
+            observed = model.observe(rows, self.dtype)
+            total = observed if total is None else model.pool(total, observed)
+        return total
+
     def _chunks(self) -> Iterator[Tensor]:
         if self._rows is None:
-            yield from self.data.batches(self.batch_size, device=self.device)
+            yield from self.data.batches(self._chunk, device=self.device)
         else:
-            yield from self._rows.split(self.batch_size)
+            yield from self._rows.split(self._chunk)
 
     def rows(self, limit: int, generator: torch.Generator) -> Tensor:
         """At most ``limit`` rows ``(m, d)`` for starts and proposals: all, or a random sample.

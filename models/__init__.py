@@ -5,13 +5,16 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["GaussianMixture", "Mixture", "MixtureClassifier"]
+__all__ = ["PPCA", "FactorAnalysis", "GaussianMixture", "Mixture", "MixtureClassifier"]
 
 if TYPE_CHECKING:
     from bayesgen.models.classifier import MixtureClassifier
     from bayesgen.models.mixture import GaussianMixture, Mixture
+    from bayesgen.models.ppca import PPCA, FactorAnalysis
 
 _HOMES = {
+    "PPCA": "bayesgen.models.ppca",
+    "FactorAnalysis": "bayesgen.models.ppca",
     "GaussianMixture": "bayesgen.models.mixture",
     "Mixture": "bayesgen.models.mixture",
     "MixtureClassifier": "bayesgen.models.classifier",

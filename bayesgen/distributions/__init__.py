@@ -16,6 +16,10 @@ from bayesgen.distributions.constraints import (
     loc_variance,
 )
 from bayesgen.distributions.inverse_wishart import InverseWishart, InverseWishartCholesky
+from bayesgen.distributions.low_rank import (
+    PartialLowRankMultivariateNormal,
+    PartialLowRankMultivariateStudentT,
+)
 from bayesgen.distributions.normal_inverse_gamma import NormalInverseGamma
 from bayesgen.distributions.normal_inverse_wishart import NaturalExpectations, NormalInverseWishart
 from bayesgen.distributions.partial import (
@@ -23,6 +27,7 @@ from bayesgen.distributions.partial import (
     PartialMultivariateStudentT,
     partial_real_vector,
 )
+from bayesgen.distributions.root_inverse_gamma import RootInverseGamma
 from bayesgen.distributions.student_t_mixture import StudentTMixture
 
 __all__ = [
@@ -34,9 +39,12 @@ __all__ = [
     "NaturalExpectations",
     "NormalInverseGamma",
     "NormalInverseWishart",
+    "PartialLowRankMultivariateNormal",
+    "PartialLowRankMultivariateStudentT",
     "PartialMultivariateNormal",
     "PartialMultivariateStudentT",
     "PositiveDefiniteTransform",
+    "RootInverseGamma",
     "StudentTMixture",
     "cholesky_factor",
     "loc_cholesky",

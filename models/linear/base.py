@@ -1,0 +1,345 @@
+"""The linear-Gaussian model: what PPCA and its kin share, from the data to the verbs."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+import pyro
+import torch
+from torch import Tensor
+from torch.distributions import MultivariateNormal
+
+from bayesgen import rng
+from bayesgen.capabilities import (
+    Conditional,
+    Decoder,
+    Encoder,
+    Generative,
+    Model,
+    Pooled,
+    Program,
+    Scored,
+)
+from bayesgen.conjugate import Local
+from bayesgen.distributions import PartialLowRankMultivariateNormal
+from bayesgen.distributions._low_rank import low_rank_form
+from bayesgen.models.families.base import refuse_categories
+from bayesgen.models.linear.guess import guess
+from bayesgen.models.linear.latents import from_rows, from_sums, inner
+from bayesgen.models.linear.priors import (
+    Scales,
+    conjugate_block,
+    default_priors,
+    find_scales,
+    given_priors,
+    prior_sites,
+    sample_sites,
+)
+from bayesgen.models.linear.rows import Rows, Sums, pool, sum_rows, take_rows
+from bayesgen.priors import describe, prior_from_config, prior_to_config
+
+if TYPE_CHECKING:
+    from bayesgen.capabilities import Tensors
+    from bayesgen.data import Dataset
+    from bayesgen.models.linear.block import LoadingsBlock
+
+__all__ = ["Bound", "LinearModel"]
+
+
+class Bound(NamedTuple):
+    """What a linear model knows of the data that it is bound to."""
+
+    scales: Scales
+    columns: tuple[str, ...]
+    is_complete: bool
+    """Whether no entry is missing."""
+    num_rows: int
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether there are fewer rows than columns."""
+        return self.num_rows < len(self.columns)
+
+
+def _scale_tril(precision_tril: Tensor) -> Tensor:
+    """Lower Cholesky factor of the inverse of ``L L^T``."""
+    flipped = torch.linalg.cholesky((precision_tril @ precision_tril.mT).flip((-2, -1)))
+    upper = flipped.flip((-2, -1)).mT
+    eye = torch.eye(upper.shape[-1], dtype=upper.dtype, device=upper.device)
+    return torch.linalg.solve_triangular(upper, eye.expand(upper.shape), upper=False)
+
+
+@dataclass(frozen=True, eq=False)
+class LinearModel(Model, Program, Scored, Generative, Decoder, Encoder, Conditional, Pooled):
+    r"""Rows that are a linear map of a few latents, plus noise.
+
+    .. math::
+        z_i \sim \mathrm{N}(0, I_q), \qquad x_i \mid z_i \sim \mathrm{N}(W z_i + \mu, \Psi)
+
+    Latents are integrated out of the Pyro program and of every density, at the cost of factors of
+    size ``q`` only. Subclasses say what the noise :math:`\Psi` looks like.
+
+    Args:
+        latent_dim: Number of latents ``q``, below the number of columns.
+        priors: By site.
+        bound: Set by :meth:`bind`.
+    """
+
+    latent_dim: int
+    priors: Mapping[str, Any] = field(default_factory=dict)
+    bound: Bound | None = None
+
+    # ------------------------------------------------------------ what a subclass says
+    @property
+    @abstractmethod
+    def is_shared(self) -> bool:
+        """Whether all columns have the same noise."""
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether the relevance of each direction is learned."""
+        return False
+
+    # ------------------------------------------------------------ Model
+    def __post_init__(self) -> None:
+        q, name = self.latent_dim, type(self).__name__
+        if isinstance(q, bool) or not isinstance(q, int) or q < 1:
+            raise ValueError(
+                f"{name}: latent_dim={q!r}, but it must be a whole number of at least 1."
+            )
+        allowed = prior_sites(learned=self.is_learned)
+        for site in self.priors:
+            if site not in allowed:
+                raise ValueError(
+                    f"priors names the site {site!r}, but {name} has {', '.join(allowed)}."
+                )
+
+    def __repr__(self) -> str:
+        noise = "one noise scale" if self.is_shared else "a noise scale for each column"
+        lines = [f"{type(self).__name__} of {self.latent_dim} latents, {noise}"]
+        shown = self.all_priors if self.is_bound else dict(self.priors)
+        lines += [f"  {site} ~ {describe(prior)}" for site, prior in shown.items()]
+        return "\n".join(lines)
+
+    def bind(self, data: Dataset) -> Self:
+        name, d = type(self).__name__, data.num_columns
+        refuse_categories(data, name)
+        if self.latent_dim >= d:
+            raise ValueError(
+                f"{name}: latent_dim={self.latent_dim}, but the data have {d} "
+                f"column{'s' * (d != 1)}; it must be smaller, so that something is left for the "
+                "noise."
+            )
+        given_priors(self.priors, d, self.latent_dim, shared=self.is_shared)
+        scales = find_scales(data, shared=self.is_shared)
+        bound = Bound(scales, data.columns, not data.has_missing, data.num_rows)
+        return replace(self, bound=bound)
+
+    @property
+    def _bound(self) -> Bound:
+        if self.bound is None:
+            raise ValueError("the model is not bound to data yet: call bind(as_dataset(x)) first.")
+        return self.bound
+
+    def to(self, device: torch.device) -> Self:
+        scales = self._bound.scales
+        moved = Scales(scales.offset.to(device), scales.scale.to(device))
+        return replace(self, bound=self._bound._replace(scales=moved))
+
+    @property
+    def is_bound(self) -> bool:
+        return self.bound is not None
+
+    @cached_property
+    def all_priors(self) -> dict[str, Any]:
+        """Every prior in force by site, defaults included."""
+        scales, q = self._bound.scales, self.latent_dim
+        given = given_priors(self.priors, len(scales.offset), q, shared=self.is_shared)
+        default = default_priors(scales, q, shared=self.is_shared, learned=self.is_learned)
+        return {**default, **given}
+
+    @property
+    def dims(self) -> dict[str, tuple[str, ...]]:
+        dims: dict[str, tuple[str, ...]] = {
+            "loadings": ("column", "latent"),
+            "loc": ("column",),
+            "noise_scale": () if self.is_shared else ("column",),
+        }
+        return {**dims, "precision": ("latent",)} if self.is_learned else dims
+
+    def coords(self) -> dict[str, list[Any]]:
+        columns = list(self._bound.columns)
+        latents = list(range(self.latent_dim))
+        return {"column": columns, "column_2": columns, "latent": latents}
+
+    def to_config(self) -> dict[str, Any]:
+        bound = self._bound
+        return {
+            "latent_dim": self.latent_dim,
+            "priors": {site: prior_to_config(prior) for site, prior in self.priors.items()},
+            "offset": bound.scales.offset,
+            "scale": bound.scales.scale,
+            "columns": list(bound.columns),
+            "is_complete": bound.is_complete,
+            "num_rows": bound.num_rows,
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        priors = {site: prior_from_config(item) for site, item in config["priors"].items()}
+        scales = Scales(config["offset"], config["scale"])
+        bound = Bound(scales, tuple(config["columns"]), config["is_complete"], config["num_rows"])
+        return cls(latent_dim=config["latent_dim"], priors=priors, bound=bound)
+
+    # ------------------------------------------------------------ Program
+    def model(self, batch: Tensor | None, *, num_rows: int | None = None) -> None:
+        if batch is None:
+            raise ValueError("the model's Pyro program needs data; pass a batch of shape (n, d).")
+        d, total = batch.shape[1], len(batch) if num_rows is None else num_rows
+        values = sample_sites(self.all_priors, d, self.latent_dim, shared=self.is_shared)
+        law = self._observation(values)
+        rows = torch.arange(len(batch), device=batch.device)
+        with pyro.plate("data", total, subsample=rows, dim=-1):
+            pyro.sample("x", law, obs=batch)
+
+    def _noise(self, values: Tensors) -> Tensor:
+        """Standard deviations of the noise, ``(..., d)``."""
+        scale, loc = values["noise_scale"], values["loc"]
+        return scale.unsqueeze(-1).expand(loc.shape) if self.is_shared else scale
+
+    def _observation(self, values: Tensors) -> PartialLowRankMultivariateNormal:
+        return PartialLowRankMultivariateNormal(
+            values["loc"], values["loadings"], self._noise(values).square(), validate_args=False
+        )
+
+    # ------------------------------------------------------------ the verbs
+    def _each(self, draws: Tensors) -> dict[str, Tensor]:
+        """The draws with a dimension for rows behind those of the draws."""
+        lead = draws["loc"].ndim - 1
+        return {name: value.unsqueeze(lead) for name, value in draws.items()}
+
+    def log_prob(self, x: Tensor, draws: Tensors) -> Tensor:
+        return self._observation(self._each(draws)).log_prob(x)
+
+    def sample_latents(self, draws: Tensors, *, generator: torch.Generator) -> Tensor:
+        loc = draws["loc"]
+        shape = (*loc.shape[:-1], self.latent_dim)
+        return rng.standard_normal(shape, generator, dtype=loc.dtype, device=loc.device)
+
+    def decode(self, latents: Tensor, draws: Tensors) -> Tensor:
+        return latents @ draws["loadings"].mT + draws["loc"].unsqueeze(-2)
+
+    def sample(self, draws: Tensors, *, generator: torch.Generator) -> Tensor:
+        latents = self.sample_latents(draws, generator=generator)
+        signal = self.decode(latents.unsqueeze(-2), draws).squeeze(-2)
+        noise = rng.standard_normal(
+            signal.shape, generator, dtype=signal.dtype, device=signal.device
+        )
+        return signal + self._noise(draws) * noise
+
+    def encode(self, x: Tensor, draws: Tensors) -> MultivariateNormal:
+        shift = x - draws["loc"].unsqueeze(-2)
+        found = low_rank_form(shift, x.isnan(), draws["loadings"], self._noise(draws))
+        tril = _scale_tril(found.precision_tril)
+        return MultivariateNormal(
+            found.loc,
+            scale_tril=tril.expand(*found.loc.shape, self.latent_dim),
+            validate_args=False,
+        )
+
+    def condition(
+        self, x: Tensor, observed: Tensor, draws: Tensors
+    ) -> torch.distributions.Distribution:
+        loc, loadings, noise = draws["loc"], draws["loadings"], self._noise(draws)
+        shift = x[:, observed] - loc[..., observed].unsqueeze(-2)
+        seen = torch.zeros_like(shift, dtype=torch.bool)
+        found = low_rank_form(shift, seen, loadings[..., observed, :], noise[..., observed])
+        rest = loadings[..., ~observed, :]
+        # The latent's covariance given the observed columns is (L L^T)^-1.
+        factor = torch.linalg.solve_triangular(
+            found.precision_tril, rest.mT.unsqueeze(-3), upper=False
+        ).mT
+        return PartialLowRankMultivariateNormal(
+            found.loc @ rest.mT + loc[..., ~observed].unsqueeze(-2),
+            factor,
+            noise[..., ~observed].square().unsqueeze(-2),
+            validate_args=False,
+        )
+
+    # ------------------------------------------------------------ Conjugate
+    @cached_property
+    def _block(self) -> LoadingsBlock:
+        return conjugate_block(self.all_priors, self._bound.scales, self.latent_dim)
+
+    @property
+    def blocks(self) -> dict[str, LoadingsBlock]:
+        return {"loadings": self._block}
+
+    @property
+    def row_size(self) -> int:
+        d, size = len(self._bound.columns), self.latent_dim + 1
+        return d if self.pools else 2 * d + size * (size + 1)
+
+    @property
+    def pools(self) -> bool:
+        return self._bound.is_complete
+
+    def pool(self, left: Sums, right: Sums) -> Sums:
+        return pool(left, right)
+
+    def observe(self, x: Tensor, dtype: torch.dtype = torch.float64) -> Sums | Rows:
+        centred = x.double() - self._bound.scales.offset.to(x.device)
+        if self._bound.is_complete:
+            return sum_rows(centred, dtype, is_root=self._bound.is_wide)
+        return take_rows(centred, dtype, complete=False)
+
+    def local(
+        self,
+        observed: Sums | Rows,
+        messages: Mapping[str, Tensors],
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Local:
+        message = messages["loadings"]
+        if isinstance(observed, Sums):
+            found = from_sums(observed, message, generator=generator)
+        else:
+            found = from_rows(observed, message, generator=generator)
+        return Local({"loadings": found.statistics}, found.bound, {})
+
+    def inner(self, messages: Mapping[str, Tensors], statistics: Mapping[str, Tensors]) -> Tensor:
+        return inner(messages["loadings"], statistics["loadings"])
+
+    def start(
+        self, x: Tensor, *, num_batch: int, generator: torch.Generator, varied: bool = False
+    ) -> Mapping[str, Tensors]:
+        values = guess(
+            x,
+            self._bound.scales,
+            self.latent_dim,
+            num_batch,
+            shared=self.is_shared,
+            generator=generator,
+        )
+        messages = {"loadings": self._block.natural(values)}
+        return self.local(self.observe(x), messages).statistics
+
+    def export(self, values: Mapping[str, Tensors]) -> dict[str, Tensor]:
+        out = dict(values["loadings"])
+        scale = out.pop("variance").sqrt()
+        offset = self._bound.scales.offset
+        out["loc"] = out["loc"] + offset.to(out["loc"])
+        out["noise_scale"] = scale.squeeze(-1) if self.is_shared else scale
+        return out
+
+    def degenerate(self, values: Mapping[str, Tensors]) -> Tensor:
+        variance = values["loadings"]["variance"]
+        return (variance <= 1.0001 * self._block.floor).any(-1)
+
+    def log_predictive(self, x: Tensor, posterior: Mapping[str, Tensors]) -> Tensor | None:
+        """None: with loadings integrated out there is no closed form."""
+        return None

@@ -1,0 +1,240 @@
+r"""The local step of linear models: the latent of each row given a message about the loadings.
+
+The augmented loadings :math:`\lambda_j = (w_j, \mu_j)` of a column and its noise precision
+:math:`\tau_j` reach a row through
+
+.. math::
+    G_j = E[\tau_j \lambda_j \lambda_j^\top], \quad \ell_j = E[\tau_j \lambda_j], \quad
+    E[\tau_j], \quad E[\log \tau_j];
+
+at fixed values the expectations are plain products. Given the observed columns of a row
+its latent is Gaussian with precision :math:`M_i = I + \sum_j G_j^{zz}` and mean
+:math:`M_i^{-1} \sum_j (x_{ij} \ell_j^z - G_j^{z\mu})`. Complete rows share :math:`M`, and all that
+is asked of them follows from their sums; a Gibbs draw included, since noise enters only through
+its projection on the rows, whose law is a matrix normal and a Wishart.
+
+References:
+    Tipping & Bishop (1999). Probabilistic principal component analysis. Ilin & Raiko (2010).
+    Practical approaches to principal component analysis in the presence of missing values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bayesgen import rng
+from bayesgen.distributions._low_rank import pack, unpack
+
+if TYPE_CHECKING:
+    from bayesgen.capabilities import Tensors
+    from bayesgen.models.linear.rows import Rows, Sums
+
+__all__ = ["Latents", "from_rows", "from_sums", "inner"]
+
+_LOG_2PI = math.log(2.0 * math.pi)
+
+
+class Latents(NamedTuple):
+    """What a local step gives back."""
+
+    statistics: dict[str, Tensor]
+    """``second (..., 1 or d, p)`` and ``latent (..., p)``: packed second moments of ``(z, 1)``, by
+    observed column and of all rows; ``cross (..., d, q + 1)``; ``square`` and ``count``, ``(...,
+    d)``."""
+    bound: Tensor
+    """``(...)`` in nats."""
+
+
+class _Parts(NamedTuple):
+    """A Gram matrix of the augmented loadings, or a packed batch of them."""
+
+    latent: Tensor
+    """``(..., q, q)``."""
+    cross: Tensor
+    """``(..., q)``, latent by mean."""
+    mean: Tensor
+    """``(...)``, mean by mean."""
+
+
+def _parts(packed: Tensor, size: int) -> _Parts:
+    matrix = unpack(packed, size)
+    q = size - 1
+    return _Parts(matrix[..., :q, :q], matrix[..., :q, q], matrix[..., q, q])
+
+
+def _precision(gram: Tensor) -> Tensor:
+    """Cholesky factor of ``I + gram``."""
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return torch.linalg.cholesky(gram + eye)
+
+
+def _log_diagonal(tril: Tensor) -> Tensor:
+    return tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+
+def _outer(left: Tensor, right: Tensor) -> Tensor:
+    return left.unsqueeze(-1) * right.unsqueeze(-2)
+
+
+def _second(latent: Tensor, cross: Tensor, mean: Tensor) -> Tensor:
+    """Packed second moments of ``(z, 1)`` from those of ``z``, its sum, and the number of ones."""
+    top = torch.cat([latent, cross.unsqueeze(-1)], -1)
+    bottom = torch.cat([cross, mean.unsqueeze(-1)], -1).unsqueeze(-2)
+    return pack(torch.cat([top, bottom], -2))
+
+
+# ------------------------------------------------------------ complete rows, by their sums
+def from_sums(
+    sums: Sums, message: Tensors, *, generator: torch.Generator | None = None
+) -> Latents:
+    """The local step of complete rows: ``O(d^2 q)`` operations, however many rows there are."""
+    size = message["linear"].shape[-1]
+    gram = _parts(message["gram"].sum(-2), size)
+    tril = _precision(gram.latent)
+    covariance = torch.cholesky_inverse(tril)
+    slope, shift = message["linear"][..., : size - 1], gram.cross
+    projected = sums.times(slope)
+    cross = projected - _outer(sums.total, shift)
+    along = (slope * sums.total.unsqueeze(-1)).sum(-2)
+    total = along - sums.count * shift
+    mixed = _outer(along, shift)
+    second = slope.mT @ projected - mixed - mixed.mT + sums.count * _outer(shift, shift)
+    bound = _fixed_bound(message, sums, gram.mean) + 0.5 * (covariance * second).sum((-2, -1))
+    bound = bound - sums.count * _log_diagonal(tril)
+    mean = (covariance @ total.unsqueeze(-1)).squeeze(-1)
+    outer = covariance @ second @ covariance
+    cross = cross @ covariance
+    if generator is None:
+        outer = outer + sums.count * covariance
+    else:
+        noise = _projected_noise(sums, tril, generator)
+        crossed = covariance @ (slope.mT @ noise.rows - _outer(shift, noise.total))
+        outer = outer + crossed + crossed.mT + noise.outer
+        mean, cross = mean + noise.total, cross + noise.rows
+    lead = mean.shape[:-1]
+    packed = _second(outer, mean, sums.count.expand(lead))
+    d = len(sums.total)
+    statistics = {
+        "second": packed.unsqueeze(-2),
+        "latent": packed,
+        "cross": torch.cat([cross, sums.total.expand(*lead, d).unsqueeze(-1)], -1),
+        "square": sums.squares.expand(*lead, d),
+        "count": sums.count.expand(*lead, d),
+    }
+    return Latents(statistics, bound)
+
+
+def _fixed_bound(message: Tensors, sums: Sums, mean: Tensor) -> Tensor:
+    """What does not involve the latents."""
+    normaliser = 0.5 * (message["log_precision"] - _LOG_2PI).sum(-1) * sums.count
+    square = 0.5 * (message["precision"] * sums.squares).sum(-1)
+    linear = (message["linear"][..., -1] * sums.total).sum(-1)
+    return normaliser - square + linear - 0.5 * sums.count * mean
+
+
+class _Noise(NamedTuple):
+    """Sums over rows of the noise of their latents, by itself and with the rows."""
+
+    rows: Tensor
+    """``(..., d, q)``."""
+    total: Tensor
+    """``(..., q)``."""
+    outer: Tensor
+    """``(..., q, q)``."""
+
+
+def _projected_noise(sums: Sums, tril: Tensor, generator: torch.Generator) -> _Noise:
+    r"""Sums of :math:`\epsilon_i \sim N(0, M^{-1})`, drawn without drawing any of them.
+
+    With an orthonormal basis of the rows' column space, the noise within it is iid normal, and
+    the rest enters only through its Gram matrix, a Wishart.
+    """
+    root = sums.root
+    rank, lead, q = len(root), tril.shape[:-2], tril.shape[-1]
+    inside = rng.standard_normal((*lead, rank, q), generator, device=root.device)
+    crossed = root.mT @ inside
+    outer = inside.mT @ inside + _wishart(int(sums.count) - rank, lead, q, generator, root)
+    # White noise e becomes M^(-1/2) e: on the right by the inverse of the factor.
+    unit = torch.eye(q, dtype=tril.dtype, device=tril.device)
+    inverse = torch.linalg.solve_triangular(tril, unit.expand(tril.shape), upper=False)
+    return _Noise(
+        crossed[..., :-1, :] @ inverse,
+        (crossed[..., -1:, :] @ inverse).squeeze(-2),
+        inverse.mT @ outer @ inverse,
+    )
+
+
+def _wishart(
+    df: int, lead: torch.Size, size: int, generator: torch.Generator, like: Tensor
+) -> Tensor:
+    """Draws ``(*lead, size, size)`` of a standard Wishart by Bartlett; singular below ``size``."""
+    if df < size:
+        noise = rng.standard_normal((*lead, max(df, 0), size), generator, device=like.device)
+        return noise.mT @ noise
+    degrees = float(df) - torch.arange(size, dtype=torch.float64, device=like.device)
+    diagonal = rng.chi2(degrees.expand(*lead, size), generator).sqrt()
+    below = rng.standard_normal((*lead, size, size), generator, device=like.device).tril(-1)
+    factor = below + torch.diag_embed(diagonal)
+    return factor @ factor.mT
+
+
+# ------------------------------------------------------------ rows one by one
+def from_rows(
+    rows: Rows, message: Tensors, *, generator: torch.Generator | None = None
+) -> Latents:
+    """The local step of rows with gaps: two matrix products and a small factor for each row."""
+    size = message["linear"].shape[-1]
+    q, dtype = size - 1, rows.values.dtype
+    assert rows.weight is not None
+    linear, weight = message["linear"].to(dtype), rows.weight
+    gram = _parts(weight @ message["gram"].to(dtype), size)
+    tril = _precision(gram.latent)
+    pull = rows.values @ linear[..., :q] - gram.cross
+    mean = torch.cholesky_solve(pull.unsqueeze(-1), tril).squeeze(-1)
+    constant = 0.5 * (message["log_precision"] - _LOG_2PI).to(dtype)
+    scores = (
+        (weight @ constant.unsqueeze(-1)).squeeze(-1)
+        - 0.5 * (rows.values.square() @ message["precision"].to(dtype).unsqueeze(-1)).squeeze(-1)
+        + (rows.values @ linear[..., q:]).squeeze(-1)
+        - 0.5 * gram.mean
+        + 0.5 * (pull * mean).sum(-1)
+        - _log_diagonal(tril)
+    )
+    if generator is None:
+        second = _outer(mean, mean) + torch.cholesky_inverse(tril)
+    else:
+        noise = rng.standard_normal(mean.shape, generator, dtype=dtype, device=mean.device)
+        step = torch.linalg.solve_triangular(tril.mT, noise.unsqueeze(-1), upper=True)
+        mean = mean + step.squeeze(-1)
+        second = _outer(mean, mean)
+    one = torch.ones_like(mean[..., 0])
+    packed = _second(second, mean, one)
+    lead, d = mean.shape[:-2], rows.values.shape[-1]
+    statistics = {
+        "second": (weight.mT @ packed).double(),
+        "latent": packed.double().sum(-2),
+        "cross": (rows.values.mT @ torch.cat([mean, one.unsqueeze(-1)], -1)).double(),
+        "square": rows.values.double().square().sum(0).expand(*lead, d),
+        "count": weight.double().sum(0).expand(*lead, d),
+    }
+    return Latents(statistics, scores.double().sum(-1))
+
+
+def inner(message: Tensors, statistics: Mapping[str, Tensor]) -> Tensor:
+    """Expected complete-data log density that the statistics carry, ``(...)``: linear in them."""
+    size = message["linear"].shape[-1]
+    likelihood = (
+        0.5 * statistics["count"] * (message["log_precision"] - _LOG_2PI)
+        - 0.5 * statistics["square"] * message["precision"]
+        + (message["linear"] * statistics["cross"]).sum(-1)
+    ).sum(-1)
+    product = unpack(message["gram"], size) * unpack(statistics["second"], size)
+    latent = _parts(statistics["latent"], size)
+    spread = latent.latent.diagonal(dim1=-2, dim2=-1).sum(-1)
+    prior = -0.5 * (spread + (size - 1) * _LOG_2PI * latent.mean)
+    return likelihood - 0.5 * product.sum((-3, -2, -1)) + prior

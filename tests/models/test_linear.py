@@ -1,0 +1,234 @@
+"""The linear-Gaussian core: densities, closed form, EM, Gibbs by sums, degenerate data."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from sklearn.decomposition import PCA
+
+from bayesgen import datasets, rng
+from bayesgen.distributions import PartialMultivariateNormal
+from bayesgen.inference import EM, VB, ClosedForm, Gibbs
+from bayesgen.models import PPCA, FactorAnalysis
+
+__all__: list[str] = []
+
+MODELS = [PPCA, FactorAnalysis]
+
+
+def simulate(num_rows=120, num_columns=6, latent_dim=2, *, noise=0.5, offset=0.0, seed=0):
+    generator = rng.make_generator(seed)
+    loadings = 2.0 * rng.standard_normal((num_columns, latent_dim), generator)
+    latents = rng.standard_normal((num_rows, latent_dim), generator)
+    own = rng.standard_normal((num_rows, num_columns), generator)
+    return latents @ loadings.T + noise * own + offset, loadings
+
+
+def holes(x, share=0.2, seed=1):
+    return x.masked_fill(torch.rand(x.shape, generator=rng.make_generator(seed)) < share, math.nan)
+
+
+def covariance(fit):
+    loadings, scale = fit.draws["loadings"], fit.draws["noise_scale"]
+    scale = scale.unsqueeze(-1).expand(loadings.shape[:-1]) if scale.ndim == 2 else scale
+    return loadings @ loadings.mT + torch.diag_embed(scale.square())
+
+
+def angle(left, right):
+    """Largest principal angle between column spaces, in degrees."""
+    a, b = torch.linalg.qr(left).Q, torch.linalg.qr(right).Q
+    return math.degrees(math.acos(min(1.0, float(torch.linalg.svdvals(a.T @ b).min()))))
+
+
+# ------------------------------------------------------------------ densities
+@pytest.mark.parametrize("model", MODELS)
+def test_density_of_rows_with_holes_is_the_exact_marginal(model):
+    x, _ = simulate(offset=3.0)
+    gaps = holes(x, 0.4)
+    gaps[0], gaps[1] = math.nan, x[1]
+    fit = EM(num_starts=1, max_steps=20).run(model(2), x)
+    dense = PartialMultivariateNormal(
+        fit.draws["loc"][0, 0], covariance_matrix=covariance(fit)[0, 0]
+    )
+    torch.testing.assert_close(fit.log_prob(gaps), dense.log_prob(gaps), rtol=1e-10, atol=1e-10)
+    assert float(fit.log_prob(gaps)[0]) == 0.0
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_condition_and_encode_are_gaussian_conditionals(model):
+    x, _ = simulate()
+    fit = EM(num_starts=1, max_steps=20).run(model(2), x)
+    draws = {site: value[0] for site, value in fit.draws.items()}
+    observed = torch.tensor([True, False, True, True, False, True])
+    law = fit.model.condition(x, observed, draws)
+    dense = PartialMultivariateNormal(draws["loc"][0], covariance_matrix=covariance(fit)[0, 0])
+    wanted = dense.condition(x, observed)
+    torch.testing.assert_close(law.mean[0], wanted.mean)
+    torch.testing.assert_close(law.scale_matrix[0], wanted.covariance_matrix.expand(120, -1, -1))
+    # The joint covariance of row and latent is known: regress one on the other.
+    loadings, latent = draws["loadings"][0], fit.model.encode(x, draws)
+    slope = torch.linalg.solve(covariance(fit)[0, 0], loadings).T
+    torch.testing.assert_close(latent.mean[0], (x - draws["loc"]) @ slope.T)
+    eye = torch.eye(2, dtype=torch.float64)
+    torch.testing.assert_close(latent.covariance_matrix[0, 0], eye - slope @ loadings)
+
+
+# ------------------------------------------------------------------ closed form
+REFERENCE = {"iris": (2, -3.962), "wine": (5, -15.185), "breast_cancer": (10, -20.525)}
+
+
+@pytest.mark.parametrize("name", ["iris", "wine"])
+def test_closed_form_scores_as_scikit_learn(name):
+    x = datasets.load(name).tensor().numpy()
+    q = REFERENCE[name][0]
+    fit = ClosedForm().run(PPCA(q), x)
+    wanted = torch.from_numpy(PCA(q, svd_solver="full").fit(x).score_samples(x))
+    torch.testing.assert_close(fit.log_prob(x), wanted, rtol=0.0, atol=1e-8)
+
+
+def test_the_plain_maximum_is_where_em_ends():
+    x, _ = simulate()
+    closed = ClosedForm(objective="likelihood").run(PPCA(2), x)
+    assert float(closed.log_prob(x).sum()) == pytest.approx(closed.attrs["log_likelihood"])
+    climbed = EM(objective="likelihood", num_starts=2, tolerance=1e-12).run(PPCA(2), x)
+    assert climbed.attrs["objectives"] == pytest.approx([closed.attrs["log_likelihood"]] * 2)
+    torch.testing.assert_close(covariance(climbed), covariance(closed), rtol=1e-4, atol=1e-4)
+    restricted = ClosedForm().run(PPCA(2), x)
+    assert float(restricted.log_prob(x).sum()) < closed.attrs["log_likelihood"]
+
+
+def test_randomised_is_exact_where_the_spectrum_falls():
+    x, _ = simulate(400, 40, 3, noise=0.1)
+    exact = ClosedForm().run(PPCA(3), x)
+    random = ClosedForm(method="randomised", batch_size=100).run(PPCA(3), x)
+    torch.testing.assert_close(covariance(random), covariance(exact), rtol=1e-6, atol=1e-6)
+
+
+def test_more_columns_than_rows():
+    x, loadings = simulate(30, 100, 2, noise=0.1)
+    fit = ClosedForm(objective="likelihood").run(PPCA(2), x)
+    assert angle(fit.draws["loadings"][0, 0], loadings) < 5.0
+    climbed = EM(objective="likelihood", num_starts=2, tolerance=1e-10).run(PPCA(2), x)
+    assert climbed.attrs["objectives"] == pytest.approx([fit.attrs["log_likelihood"]] * 2)
+    assert angle(climbed.draws["loadings"][0, 0], fit.draws["loadings"][0, 0]) < 0.1
+
+
+# ------------------------------------------------------------------ the sums are the rows
+@pytest.mark.parametrize("model", MODELS)
+def test_sums_give_what_rows_give(model):
+    """One hole makes the model keep rows: nearly the same objective, and the same posterior."""
+    x, _ = simulate()
+    pooled = VB(num_starts=1, max_steps=5).run(model(2), x)
+    gaps = x.clone()
+    gaps[0] = math.nan  # a row of which nothing is known adds nothing
+    kept = VB(num_starts=1, max_steps=5).run(model(2), gaps)
+    rest = VB(num_starts=1, max_steps=5).run(model(2), x[1:])
+    assert kept.attrs["elbo"] == pytest.approx(rest.attrs["elbo"], rel=1e-4)
+    assert pooled.attrs["elbo"] < rest.attrs["elbo"]
+
+
+@pytest.mark.parametrize("num_rows", [4, 60])
+def test_gibbs_draws_latents_by_their_sums(num_rows):
+    """Moments of the drawn statistics against latents drawn row by row."""
+    x, _ = simulate(num_rows, 5, 2)
+    model = PPCA(2).bind(_dataset(x))
+    generator = rng.make_generator(0)
+    start = model.start(x, num_batch=1, generator=generator)
+    values = model.blocks["loadings"].draw(start["loadings"], None, generator=generator)
+    many = {k: v.expand(4000, *v.shape[1:]) for k, v in values.items()}
+    message = {"loadings": model.blocks["loadings"].natural(many)}
+    by_sums = model.local(model.observe(x), message, generator=generator).statistics["loadings"]
+    holed = model.bind(_dataset(torch.cat([x, torch.full_like(x[:1], math.nan)])))
+    shifted = holed.observe(x)
+    offset = holed.bound.scales.offset - model.bound.scales.offset
+    assert float(offset.abs().max()) < 1e-12
+    by_rows = holed.local(shifted, message, generator=generator).statistics["loadings"]
+    for name in ("latent", "cross"):
+        left, right = by_sums[name], by_rows[name]
+        for moment in (lambda v: v.mean(0), lambda v: v.std(0)):
+            spread = right.std(0) * 5.0 / math.sqrt(4000)
+            assert bool(((moment(left) - moment(right)).abs() <= spread + 1e-9).all()), name
+
+
+def _dataset(x):
+    from bayesgen.data import as_dataset
+
+    return as_dataset(x)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("share", [0.0, 0.2])
+def test_gibbs_and_vb_agree(model, share):
+    x, _ = simulate(300)
+    data = holes(x, share) if share else x
+    vb = VB(num_starts=1).run(model(2), data)
+    gibbs = Gibbs(num_chains=4, num_samples=500, num_warmup=200).run(model(2), data)
+    left, right = covariance(vb).mean((0, 1)), covariance(gibbs).flatten(0, 1)
+    assert float(((left - right.mean(0)).abs() / right.std(0)).max()) < 1.0
+    assert gibbs.attrs["messages"] == []
+
+
+# ------------------------------------------------------------------ missing entries
+def test_missing_entries_cost_little_of_the_subspace():
+    x, loadings = simulate(500, 10, 3)
+    full = EM(objective="likelihood", num_starts=1).run(PPCA(3), x)
+    gaps = EM(objective="likelihood", num_starts=1).run(PPCA(3), holes(x))
+    error = angle(full.draws["loadings"][0, 0], loadings)
+    assert angle(gaps.draws["loadings"][0, 0], loadings) < 2.0 * error
+
+
+def test_imputation_intervals_cover():
+    x, _ = simulate(400, 8, 2)
+    gaps = holes(x)
+    fit = Gibbs(num_chains=2, num_samples=300, num_warmup=200).run(PPCA(2), gaps)
+    filled = fit.impute(gaps, num_samples=200)
+    low, high = filled.quantile(0.05, 0), filled.quantile(0.95, 0)
+    missing = gaps.isnan()
+    covered = ((x >= low) & (x <= high))[missing].double().mean()
+    assert 0.85 < float(covered) < 0.95
+
+
+# ------------------------------------------------------------------ bad and degenerate data
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("kind", ["constant", "one row", "offset", "tiny", "copy"])
+def test_degenerate_data_give_finite_scores(model, kind):
+    x, _ = simulate(40, 5, 2)
+    if kind == "constant":
+        x[:, 1] = 7.0
+    elif kind == "one row":
+        x = x[:1]
+    elif kind == "offset":
+        x = x + 1e8
+    elif kind == "tiny":
+        x = x * 1e-8
+    else:
+        x[:, 1] = x[:, 0]
+    for engine in (EM(num_starts=2), VB(num_starts=1), EM(objective="likelihood", max_steps=50)):
+        fit = engine.run(model(2), x)
+        assert bool(fit.log_prob(x).isfinite().all())
+        assert bool(torch.isfinite(fit.sample(5)).all())
+
+
+def test_an_offset_costs_no_digits():
+    x, _ = simulate()
+    near = ClosedForm().run(PPCA(2), x)
+    far = ClosedForm().run(PPCA(2), (x + 2.0**20))
+    torch.testing.assert_close(far.log_prob(x + 2.0**20), near.log_prob(x), rtol=1e-6, atol=1e-6)
+
+
+def test_refusals():
+    x, _ = simulate()
+    with pytest.raises(ValueError, match="latent_dim=6, but the data have 6 columns"):
+        EM().run(PPCA(6), x)
+    with pytest.raises(ValueError, match="whole number"):
+        PPCA(0)
+    with pytest.raises(ValueError, match="priors names the site 'weights'"):
+        PPCA(2, priors={"weights": 1})
+    with pytest.raises(ValueError, match="needs complete rows"):
+        ClosedForm().run(PPCA(2), holes(x))
+    with pytest.raises(TypeError, match="Solvable"):
+        ClosedForm().run(FactorAnalysis(2), x)
+    with pytest.raises(ValueError, match="categories"):
+        EM().run(PPCA(1), {"a": [1.0, 2.0], "b": ["x", "y"]})
