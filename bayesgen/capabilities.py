@@ -32,6 +32,7 @@ __all__ = [
     "Encoder",
     "Explained",
     "Generative",
+    "Guided",
     "Model",
     "Partitioned",
     "Pointwise",
@@ -100,6 +101,14 @@ class Program(ABC):
     @abstractmethod
     def model(self, batch: Tensor | None, *, num_rows: int | None = None) -> None:
         """The Pyro program of a batch ``(b, d)`` out of ``num_rows`` rows."""
+
+
+class Guided(ABC):
+    """Its own variational posterior, amortised over rows where it likes."""
+
+    @abstractmethod
+    def guide(self, batch: Tensor | None, *, num_rows: int | None = None) -> None:
+        """The Pyro guide, called with the arguments of the program."""
 
 
 class Scored(ABC):
@@ -415,6 +424,7 @@ def require(model: object, capability: type[C], who: str) -> C:
 
 _ALL: tuple[type, ...] = (
     Program,
+    Guided,
     Scored,
     Pointwise,
     Simulated,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["EM", "NUTS", "VB", "ClosedForm", "Gibbs", "prior_predictive"]
+__all__ = ["EM", "NUTS", "SVI", "VB", "ClosedForm", "Gibbs", "prior_predictive"]
 
 if TYPE_CHECKING:
     from bayesgen.inference.closed_form import ClosedForm
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from bayesgen.inference.gibbs import Gibbs
     from bayesgen.inference.nuts import NUTS
     from bayesgen.inference.predictive import prior_predictive
+    from bayesgen.inference.svi import SVI
     from bayesgen.inference.vb import VB
 
 _HOMES = {
@@ -20,6 +21,7 @@ _HOMES = {
     "EM": "bayesgen.inference.em",
     "Gibbs": "bayesgen.inference.gibbs",
     "NUTS": "bayesgen.inference.nuts",
+    "SVI": "bayesgen.inference.svi",
     "VB": "bayesgen.inference.vb",
     "prior_predictive": "bayesgen.inference.predictive",
 }

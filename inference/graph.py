@@ -197,6 +197,8 @@ def _equivalent(node: fx.Node, values: dict[fx.Node, Any]) -> fx.Node | None:
                     return inner
     if node.target in (_aten.add.Tensor, _aten.sub.Tensor) and len(args) == 2 and not node.kwargs:
         return _neutral(node, values, 0.0, node.target is _aten.add.Tensor)
+    if node.target is _aten.copy.default and isinstance(args[1], fx.Node):
+        return args[1] if _alike(values, node, args[1]) else None
     if node.target is _aten.pow.Tensor_Scalar and args[1] == 1:
         return first
     if node.target is _aten.mul.Tensor:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self, final, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from bayesgen.prior_replacement import Reprior
 from bayesgen.replay import log_priors, simulate
 from bayesgen.schema import Schema
 
-__all__ = ["Arguments", "FunctionModel", "arguments"]
+__all__ = ["Arguments", "CodeModel", "FunctionModel", "arguments"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,8 +131,60 @@ def _names(signature: inspect.Signature, data: Mapping[Any, Any]) -> bool:
     return bool(data) and set(data) <= set(signature.parameters)
 
 
+class CodeModel(Model, ABC):
+    """A model whose description is code of the user's: it holds its data, and is never saved."""
+
+    function: Callable[..., Any]
+
+    @property
+    def name(self) -> str:
+        """The function's name."""
+        return str(getattr(self.function, "__name__", type(self.function).__name__))
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where it was traced."""
+
+    @property
+    def priors(self) -> dict[str, str]:
+        """Priors that replace the program's own, in words."""
+        return self.function.priors if isinstance(self.function, Reprior) else {}
+
+    @property
+    def attrs(self) -> dict[str, Any]:
+        return {"priors": self.priors} if self.priors else {}
+
+    def bind(self, data: Any) -> Self:
+        return self
+
+    def to(self, device: torch.device) -> Self:
+        if device != self.device:
+            raise ValueError(
+                f"a traced program stays where it was traced, on {self.device}; run the engine "
+                f"with device={str(device)!r}."
+            )
+        return self
+
+    @property
+    def is_bound(self) -> bool:
+        return True
+
+    def to_config(self) -> dict[str, Any]:
+        raise ValueError(
+            f"a fit of the Pyro function '{self.name}' cannot be saved as a folder: code is "
+            f"never written to "
+            "disk. Keep its draws with fit.arviz.to_netcdf(path)."
+        )
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        raise ValueError("a Pyro function cannot be read from a file.")
+
+
+@final
 @dataclass(frozen=True, eq=False)
-class FunctionModel(Model, Pointwise, Simulated):
+class FunctionModel(CodeModel, Pointwise, Simulated):
     """A Pyro function with its data: what it can do is what its trace tells.
 
     Args:
@@ -159,35 +212,8 @@ class FunctionModel(Model, Pointwise, Simulated):
         return "\n".join(lines)
 
     @property
-    def name(self) -> str:
-        """The function's name."""
-        return str(getattr(self.function, "__name__", type(self.function).__name__))
-
-    @property
-    def priors(self) -> dict[str, str]:
-        """Priors that replace the program's own, in words."""
-        return self.function.priors if isinstance(self.function, Reprior) else {}
-
-    # ------------------------------------------------------------ Model
-    @property
-    def attrs(self) -> dict[str, Any]:
-        return {"priors": self.priors} if self.priors else {}
-
-    def bind(self, data: Any) -> Self:
-        return self
-
-    def to(self, device: torch.device) -> Self:
-        if device != self.density.layout.device:
-            raise ValueError(
-                f"a traced program stays where it was traced, on {self.density.layout.device}; "
-                f"run the "
-                f"engine with device={str(device)!r}."
-            )
-        return self
-
-    @property
-    def is_bound(self) -> bool:
-        return True
+    def device(self) -> torch.device:
+        return self.density.layout.device
 
     @cached_property
     def dims(self) -> Mapping[str, tuple[str, ...]]:
@@ -213,17 +239,6 @@ class FunctionModel(Model, Pointwise, Simulated):
         )
         shapes = {k: tuple(v.shape) for k, v in self.density.constrain(zero).items()}
         return shapes | self.density.layout.enumerated
-
-    def to_config(self) -> dict[str, Any]:
-        raise ValueError(
-            f"a fit of the Pyro function '{self.name}' cannot be saved as a folder: code is "
-            f"never written to "
-            "disk. Keep its draws with fit.arviz.to_netcdf(path)."
-        )
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Self:
-        raise ValueError("a Pyro function cannot be read from a file.")
 
     # ------------------------------------------------------------ Pointwise
     def log_likelihood(self, draws: Tensors) -> Mapping[str, Tensor]:

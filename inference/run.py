@@ -97,7 +97,14 @@ class Engine(ABC, Generic[S]):
 
     @abstractmethod
     def finish(self, task: Task, work: Any, state: S) -> dict[str, Any]:
-        """Fields of the :class:`~bayesgen.fit.Fit` that the state amounts to."""
+        """Fields of the :class:`~bayesgen.fit.Fit` that the state amounts to.
+
+        ``"model"`` among them where training changed the task's.
+        """
+
+    def advice(self, step: int) -> str:
+        """What to say of a run that ended before it was done."""
+        return f"not converged after {step} steps: raise max_steps, or loosen tolerance."
 
     @property
     @abstractmethod
@@ -155,6 +162,7 @@ class Engine(ABC, Generic[S]):
 
         parts = self.finish(loop.task, loop.work, state)
         extra = parts.pop("attrs", {})
+        fitted = parts.pop("model", loop.task.model)
         data = loop.task.data
         attrs = {
             "engine": type(self).__name__,
@@ -176,7 +184,7 @@ class Engine(ABC, Generic[S]):
         }
         attrs["messages"] = [*loop.messages, *extra.get("messages", []), *_notes(data)]
         return Fit(
-            loop.task.model,
+            fitted,
             **parts,
             history=loop.history,
             attrs=attrs,
@@ -270,9 +278,7 @@ class _Loop:
         if self.folder is not None:
             self._save(state)
         if not self.done and not self.messages:
-            self.messages.append(
-                f"not converged after {self.step} steps: raise max_steps, or loosen tolerance."
-            )
+            self.messages.append(self.engine.advice(self.step))
         return state
 
     def _record(self, info: Info) -> None:
@@ -328,7 +334,7 @@ class _Loop:
         return self.engine.state_type(**_to(nested["state"], self.task.device))
 
 
-_MAY_CHANGE = ("max_steps",)
+_MAY_CHANGE = ("max_steps", "num_steps")
 
 
 def _digest(model: Any) -> str:

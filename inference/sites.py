@@ -18,7 +18,16 @@ from bayesgen import rng
 from bayesgen.inference.complaints import bijection, check_site, check_trace, explained
 from bayesgen.replay import quietly
 
-__all__ = ["Flat", "Given", "Layout", "Site", "discover", "enumerated", "quietly"]
+__all__ = [
+    "Flat",
+    "Given",
+    "Layout",
+    "Site",
+    "dims_of",
+    "discover",
+    "enumerated",
+    "quietly",
+]
 
 _RADIUS = 2.0
 
@@ -159,17 +168,17 @@ def discover(
         if name in starter.shapes:
             shape = starter.shapes[name]
             sites.append(
-                Site(name, start, shape.numel(), tuple(shape), tuple(value.shape), _dims(node))
+                Site(name, start, shape.numel(), tuple(shape), tuple(value.shape), dims_of(node))
             )
             start += shape.numel()
-            dims[name] = _dims(node)
+            dims[name] = dims_of(node)
         elif not node["is_observed"]:
             discrete[name] = tuple(value.shape)
-            dims[name] = _dims(node)
+            dims[name] = dims_of(node)
         elif node["infer"].get("_deterministic"):
-            dims[name] = _dims(node)
+            dims[name] = dims_of(node)
         elif not isinstance(node["fn"], pyro.distributions.Unit):
-            observed[name], observed_dims[name] = value, _dims(node)
+            observed[name], observed_dims[name] = value, dims_of(node)
     frames = [f for n in trace.nodes.values() for f in n.get("cond_indep_stack", ())]
     nesting = max((-f.dim for f in frames if f.vectorized), default=0)
     return Layout(
@@ -186,7 +195,7 @@ def discover(
     )
 
 
-def _dims(node: dict[str, Any]) -> tuple[str, ...]:
+def dims_of(node: dict[str, Any]) -> tuple[str, ...]:
     """A name for every dimension of a site's value: its plates, then its own."""
     value, name = node["value"], node["name"]
     event = len(node["fn"].event_shape)

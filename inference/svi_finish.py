@@ -1,0 +1,149 @@
+"""From the last parameters to the parts of a fit."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bayesgen import rng
+from bayesgen.capabilities import Guided
+from bayesgen.inference.minibatch import begin
+from bayesgen.inference.pair import Pair
+from bayesgen.inference.svi_draws import Draws, local_sites, mean_and_error, sampler, settled
+from bayesgen.inference.svi_setup import Setup
+from bayesgen.inference.trained import TrainedProgram
+from bayesgen.psis import k_hat
+
+if TYPE_CHECKING:
+    from bayesgen.inference.run import Task
+
+__all__ = ["End", "finish"]
+
+_FULL = 2**25  # rows scored over all draws for importance weights
+_COMPARED = 100  # draws by which the average is compared with the last iterate
+_K_HAT = 0.7
+
+
+class End(NamedTuple):
+    """What the end of a run needs to know of it."""
+
+    task: Task
+    setup: Setup
+    traced: bool
+    params: Tensor
+    average: Tensor
+    num_samples: int
+    local_latents: bool
+
+
+def finish(end: End) -> dict[str, Any]:
+    """Draws, statistics and attributes of the fit."""
+    pair, generator = end.setup.pair, end.task.generator
+    full = _sees_all(end)
+    plate = "data" if isinstance(end.task.model, Guided) else None
+    left_out = set() if end.local_latents and full else local_sites(pair.traces, plate)
+    batch = _Batches(end, full)
+    draw = sampler(pair, batch, left_out=left_out, full=full, traced=end.traced)
+    flat, averaged = _better(draw, end)
+    final = settled(pair, flat, batch())
+    if final is not pair:
+        draw = sampler(final, batch, left_out=left_out, full=full, traced=end.traced)
+    drawn = draw(flat, end.num_samples, generator)
+    elbo, error = mean_and_error(drawn.log_weights.double())
+    shape, why = _k_hat(pair, drawn, full)
+    attrs = {
+        "elbo": elbo,
+        "elbo_error": error,
+        "k_hat": shape,
+        "objective": pair.objective,
+        "averaged": averaged,
+        "num_params": pair.num_params,
+        "is_traced": end.traced,
+        "messages": why,
+    }
+    model = end.task.model
+    if isinstance(model, TrainedProgram):
+        model = dataclasses.replace(model, params=flat)
+    values = _kept(end, pair, drawn, flat)
+    parts: dict[str, Any] = {"model": model, "draws": values, "attrs": attrs}
+    if not drawn.is_point and full and drawn.values:
+        parts["sample_stats"] = {"log_weight": drawn.log_weights[None]}
+    return parts
+
+
+def _sees_all(end: End) -> bool:
+    """Whether all rows can be scored for every draw."""
+    setup = end.setup
+    if setup.stream is not None or setup.pair.plates:
+        return False
+    return not setup.orders or setup.pair.call.num_rows * end.num_samples <= _FULL
+
+
+class _Batches:
+    """Tensors and indices of one evaluation: all rows, or the next minibatch."""
+
+    def __init__(self, end: End, full: bool) -> None:
+        self.end, self.full = end, full
+        orders = len(end.setup.orders) + (end.setup.stream is not None)
+        self.places = [begin(end.task.generator) for _ in range(0 if full else orders)]
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        setup, generator = self.end.setup, self.end.task.generator
+        data = setup.pair.call.tensors
+        if self.full:
+            return data
+        indices, places, waiting = [], [], list(self.places)
+        if setup.stream is not None:
+            rows, place = setup.stream.take(waiting.pop(0), 1, generator)
+            data = (rows,)
+            indices.append(torch.arange(len(rows), device=rows.device))
+            places.append(place)
+        for order, place in zip(setup.orders, waiting, strict=True):
+            index, new = order.take(place, 1, generator)
+            indices.append(index[0])
+            places.append(new)
+        self.places = places
+        return setup.feed.batch(indices, data)
+
+
+def _better(draw: Any, end: End) -> tuple[Tensor, bool]:
+    """The average of the iterates, unless the bound of the last one is clearly higher."""
+    seed = begin(end.task.generator)["seed"]
+    bounds = []
+    for flat in (end.average, end.params):
+        generator = rng.make_generator(seed, end.setup.pair.device)
+        bounds.append(draw(flat, _COMPARED, generator).log_weights.double())
+    # Of the same noise, so that the difference is far less noisy than either.
+    gain, error = mean_and_error(bounds[1] - bounds[0])
+    averaged = gain <= 2 * error
+    return (end.average if averaged else end.params), averaged
+
+
+def _k_hat(pair: Pair, drawn: Draws, full: bool) -> tuple[float | None, list[str]]:
+    if drawn.is_point:
+        return None, ["the guide is a point: one draw, and no measure of uncertainty."]
+    if not full:
+        return None, [
+            "k-hat was not computed: the importance weights of a draw need all rows, and here "
+            "they are too many, streamed, or chosen by the program itself."
+        ]
+    shape = k_hat(drawn.log_weights)
+    if shape > _K_HAT:
+        return shape, [
+            f"PSIS k-hat is {shape:.2f}, above {_K_HAT}: the guide misses part of the posterior. "
+            "Use a richer guide (AutoMultivariateNormal, a flow), or NUTS."
+        ]
+    return shape, []
+
+
+def _kept(end: End, pair: Pair, drawn: Draws, flat: Tensor) -> dict[str, Tensor]:
+    """Draws ``(1, num_samples, *shape)``; without any latent, the parameters as a point."""
+    values = {name: value[None] for name, value in drawn.values.items()}
+    if not isinstance(end.task.model, TrainedProgram):
+        values = {name: v for name, v in values.items() if name in end.task.model.dims}
+    if values:
+        return values
+    return {name: v[None, None] for name, v in pair.named(flat).items()}
