@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from bayesgen.arviz_groups import import_arviz, labels
-from bayesgen.capabilities import Scored, Symmetric
+from bayesgen.capabilities import Pointwise, Scored, Symmetric
+from bayesgen.comparison import named
 from bayesgen.symmetry import LabelPermutation
 from bayesgen.verdict import MIN_DRAWS
 
@@ -22,63 +25,112 @@ __all__ = ["agreement"]
 
 _MAX_ENTRIES = 64  # of one quantity in the table
 _OCCUPIED = 0.005
+_BINS = 16
+_Z, _SDS = 4.0, 0.1  # a difference that is both sure and large enough to matter
+_WIDTH = 1.25
+_OVERLAP = 0.9
 
 
-def agreement(fits: Mapping[str, Fit], x: object = None) -> pd.DataFrame:
+@dataclass(frozen=True, eq=False)
+class _Marginal:
+    """One quantity of one fit."""
+
+    mean: float
+    sd: float = math.nan
+    mcse: float = math.nan
+    draws: Tensor | None = None
+    size: float = math.nan
+    """Effective number of draws."""
+
+
+def agreement(
+    fits: Mapping[str, Fit] | Fit | list[Fit], *others: Any, x: object = None, **more: Fit
+) -> pd.DataFrame:
     """Where fits of one model by several engines differ, in invariant quantities.
 
     Compares the mean log density of ``x``, the model's invariants, and the occupied weights sorted
-    within each draw. The first fit is the reference.
+    within each draw; of models without symmetry, plain programs too, every entry of every site.
+    The first fit is the reference. :func:`bayesgen.plots.agreement` draws the table.
 
     Args:
-        fits: By name, the reference first.
+        fits: By name, the reference first; or a list of fits, called after their engines.
+        *others: More fits, where the first argument is one; or ``x``, after a mapping.
         x: Rows to score, held out where possible; by default the reference's training data.
+        **more: Fits by name.
 
     Returns:
         A frame indexed by quantity and fit: ``mean``, ``sd``, ``mcse`` (Monte Carlo error of the
-        mean), ``difference`` from the reference, in ``sds`` of the reference, and ``z``, the
-        difference over its Monte Carlo error; NaN where there is none.
+        mean), ``difference`` from the reference, in ``sds`` of the reference, ``z``, the
+        difference over its Monte Carlo error, ``sd_ratio``, ``overlap`` of the two marginal
+        densities (1: the same) and ``kl``, the divergence of the reference from the fit in nats;
+        NaN where there is none. ``finding`` says in words what differs, and is empty where nothing
+        does. The row ``k_hat`` holds the Pareto shape of approximations.
 
     Raises:
         ValueError: Fewer than two fits, or no rows to score.
+
+    Example:
+        >>> from bayesgen.toys import UnitMixture, pretend
+        >>> x = [[0.0], [0.1], [5.0], [5.1]]
+        >>> one, two = (pretend(UnitMixture(1), x, seed=seed) for seed in (0, 1))
+        >>> agreement({"a": one, "b": two}).loc[("mean[0]", "b"), "finding"]
+        ''
     """
     import pandas as pd
 
-    if len(fits) < 2:
-        raise ValueError(f"agreement compares at least two fits, got {list(fits)}.")
-    reference, first = next(iter(fits.items()))
+    if x is None and others and isinstance(fits, Mapping):
+        (x,) = others
+        others = ()
+    chosen = named((fits, *others), more, "agreement")  # type: ignore[arg-type]
+    reference, first = next(iter(chosen.items()))
     rows = first.data if x is None else x
-    if rows is None:
+    if rows is None and isinstance(first.model, Scored):
         raise ValueError(f"the fit '{reference}' holds no training data: pass rows as x.")
-    tables = {name: _quantities(fit, rows) for name, fit in fits.items()}
+    tables = {name: _quantities(fit, rows) for name, fit in chosen.items()}
     lines = []
-    for quantity, base in tables[reference].items():
+    for quantity in dict.fromkeys(q for table in tables.values() for q in table):
+        base = tables[reference].get(quantity)
+        if base is None and quantity != "k_hat":
+            continue
         for name, table in tables.items():
             if quantity in table:
-                lines.append(
-                    {"quantity": quantity, "fit": name, **_compare(table[quantity], base)}
-                )
+                values = _compare(table[quantity], base, reference)
+                lines.append({"quantity": quantity, "fit": name, **values})
     return pd.DataFrame(lines).set_index(["quantity", "fit"])
 
 
-def _quantities(fit: Fit, rows: object) -> dict[str, tuple[float, float, float]]:
-    """Mean, standard deviation and Monte Carlo error of every quantity."""
+# ---------------------------------------------------------------- what is compared
+def _quantities(fit: Fit, rows: object) -> dict[str, _Marginal]:
+    """Every quantity of a fit."""
     found: dict[str, Tensor] = {}
-    table: dict[str, tuple[float, float, float]] = {}
+    table: dict[str, _Marginal] = {}
     if isinstance(fit.model, Scored):
-        table["log_prob"] = (float(fit.log_prob(rows).mean()), math.nan, math.nan)
+        table["log_prob"] = _Marginal(float(fit.log_prob(rows).mean()))
         found["log_likelihood"] = fit.log_likelihood(rows).mean(-1)
+    elif isinstance(fit.model, Pointwise):
+        pointwise = fit.model.log_likelihood(fit.draws).values()
+        if pointwise:
+            found["log_likelihood"] = torch.cat([v.flatten(2) for v in _at_least_3(pointwise)], -1)
+            found["log_likelihood"] = found["log_likelihood"].mean(-1)
     found |= fit.invariants
     found |= _sorted_weights(fit)
+    if not isinstance(fit.model, Symmetric):
+        found |= {k: v for k, v in fit.draws.items() if v.is_floating_point()}
     for name, value in found.items():
         entries = value.double().flatten(2) if value.ndim > 2 else value.double()[..., None]
         event = tuple(value.shape[2:])
         names = labels(name, event, coords=fit.model.coords(), dims=fit.model.dims)
         for k, label in enumerate(names[:_MAX_ENTRIES]):
-            table[label] = _moments(entries[..., k])
+            table[label] = _marginal(entries[..., k])
     if "num_occupied" not in table and fit.history.get("num_occupied"):
-        table["num_occupied"] = (fit.history["num_occupied"][-1], math.nan, math.nan)
+        table["num_occupied"] = _Marginal(fit.history["num_occupied"][-1])
+    if fit.attrs.get("k_hat") is not None:
+        table["k_hat"] = _Marginal(float(fit.attrs["k_hat"]))
     return table
+
+
+def _at_least_3(values: Any) -> list[Tensor]:
+    return [value if value.ndim > 2 else value.unsqueeze(-1) for value in values]
 
 
 def _sorted_weights(fit: Fit) -> dict[str, Tensor]:
@@ -91,25 +143,75 @@ def _sorted_weights(fit: Fit) -> dict[str, Tensor]:
     return {"sorted_weights": weights[..., weights.mean((0, 1)) > _OCCUPIED]}
 
 
-def _moments(values: Tensor) -> tuple[float, float, float]:
+def _marginal(values: Tensor) -> _Marginal:
     mean = float(values.mean())
     if values.shape[1] < MIN_DRAWS:
-        return mean, math.nan, math.nan
+        return _Marginal(mean)
     sd = float(values.std())
     if sd == 0.0:
-        return mean, 0.0, 0.0
-    return mean, sd, float(import_arviz().mcse(values.cpu().numpy()))
+        return _Marginal(mean, 0.0, 0.0)
+    error = float(import_arviz().mcse(values.cpu().numpy()))
+    return _Marginal(mean, sd, error, values.flatten(), min((sd / error) ** 2, values.numel()))
 
 
-def _compare(
-    here: tuple[float, float, float], base: tuple[float, float, float]
-) -> dict[str, float]:
-    difference, error = here[0] - base[0], math.hypot(here[2], base[2])
-    return {
-        "mean": here[0],
-        "sd": here[1],
-        "mcse": here[2],
+# ---------------------------------------------------------------- how far apart
+def _compare(here: _Marginal, base: _Marginal | None, reference: str) -> dict[str, Any]:
+    line: dict[str, Any] = {"mean": here.mean, "sd": here.sd, "mcse": here.mcse}
+    if base is None or here is base:
+        nothing = dict.fromkeys(("z", "sd_ratio", "overlap", "kl"), math.nan)
+        zero = math.nan if base is None else 0.0
+        sds = zero if base is not None and base.sd > 0 else math.nan
+        return {**line, "difference": zero, "sds": sds, **nothing, "finding": ""}
+    difference, error = here.mean - base.mean, math.hypot(here.mcse, base.mcse)
+    overlap, kl = _overlap(here, base)
+    line |= {
         "difference": difference,
-        "sds": difference / base[1] if base[1] > 0 else math.nan,
-        "z": difference / error if error > 0 and here is not base else math.nan,
+        "sds": difference / base.sd if base.sd > 0 else math.nan,
+        "z": difference / error if error > 0 else math.nan,
+        "sd_ratio": here.sd / base.sd if base.sd > 0 else math.nan,
+        "overlap": overlap,
+        "kl": kl,
     }
+    return {**line, "finding": _finding(line, here, base, reference)}
+
+
+def _overlap(here: _Marginal, base: _Marginal) -> tuple[float, float]:
+    """Overlap of two marginals and KL(reference, fit), on bins of equal count of the reference.
+
+    The expected excess of equal distributions, of order bins over draws, is taken off.
+    """
+    if here.draws is None or base.draws is None:
+        return math.nan, math.nan
+    levels = torch.linspace(0, 1, _BINS + 1, dtype=torch.float64)[1:-1]
+    edges = base.draws.cpu().quantile(levels).unique()
+    if len(edges) < 2:
+        return math.nan, math.nan
+    shares = []
+    for side in (base, here):
+        assert side.draws is not None
+        place = torch.bucketize(side.draws.cpu().contiguous(), edges)
+        counts = torch.bincount(place, minlength=len(edges) + 1).double()
+        shares.append((counts + 0.5) / (counts + 0.5).sum())
+    p, q = shares
+    noise = 1 / base.size + 1 / here.size
+    distance = 0.5 * float((p - q).abs().sum())
+    # E|difference of shares| of two samples from one distribution
+    chance = 0.5 * float((2 / math.pi * p * (1 - p) * noise).sqrt().sum())
+    kl = float((p * (p / q).log()).sum()) - len(edges) / 2 * noise
+    return 1.0 - math.sqrt(max(0.0, distance**2 - chance**2)), max(0.0, kl)
+
+
+def _finding(line: Mapping[str, float], here: _Marginal, base: _Marginal, reference: str) -> str:
+    found = []
+    if abs(line["z"]) > _Z and abs(line["sds"]) > _SDS:
+        found.append(
+            f"mean {'above' if line['sds'] > 0 else 'below'} by {abs(line['sds']):.2g} sd"
+        )
+    ratio = line["sd_ratio"]
+    # relative error of a standard deviation is one over the root of twice the number of draws
+    doubt = 4 * math.sqrt(0.5 / here.size + 0.5 / base.size)
+    if ratio > 0 and abs(math.log(ratio)) > max(math.log(_WIDTH), doubt):
+        found.append(f"{'wider' if ratio > 1 else 'narrower'}: sd {ratio:.2g} of {reference}'s")
+    if not found and line["overlap"] < _OVERLAP and line["kl"] > 0.02:
+        found.append(f"another shape: overlap {line['overlap']:.2g}")
+    return "; ".join(found)

@@ -10,6 +10,7 @@ from torch import Tensor
 from bayesgen.agreement import agreement
 from bayesgen.arviz_groups import convert, summarise
 from bayesgen.capabilities import Pointwise, Scored
+from bayesgen.comparison import compare, leave_one_out
 from bayesgen.predictive import observed, replicated, sample_prior
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from bayesgen.fit import Fit
 
-__all__ = ["agreement", "summarise", "to_arviz"]
+__all__ = ["agreement", "compare", "leave_one_out", "summarise", "to_arviz"]
 
 _MAX_ELEMENTS = 20_000_000
 

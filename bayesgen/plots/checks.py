@@ -288,6 +288,8 @@ def prior_exploration(exploration: PriorExploration) -> Figure:
 def agreement(table: pd.DataFrame, *, max_quantities: int = 20, ax: Axes | None = None) -> Axes:
     """Engines beside each other: mean and 90 % interval of each quantity.
 
+    An orange ring marks what differs from the reference by more than Monte Carlo error allows.
+
     Args:
         table: From :func:`bayesgen.diagnostics.agreement`: indexed by quantity and fit, with
             columns ``mean`` and ``sd``; the first fit is the reference.
@@ -310,6 +312,8 @@ def agreement(table: pd.DataFrame, *, max_quantities: int = 20, ax: Axes | None 
             if math.isfinite(half):
                 ax.plot([at - half, at + half], [y, y], color=color(index), lw=2)
             ax.plot(at, y, "o", color=color(index), ms=6, label=name if row == 0 else None)
+            if here.get("finding"):
+                ax.plot(at, y, "o", mfc="none", mec=WARNING, mew=1.8, ms=12)
     ax.axvline(0.0, color=GREY, lw=0.8, zorder=0)
     ax.set_yticks(range(len(usable)), usable)
     ax.set(ylim=(len(usable) - 0.4, -0.6))

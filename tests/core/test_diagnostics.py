@@ -247,6 +247,51 @@ def test_engines_that_agree_and_one_that_does_not(fit):
     assert np.isnan(table.loc[("mean[0]", "a"), "z"])
 
 
+def test_findings_say_what_differs(fit):
+    """Equal posteriors have none; a narrower, a shifted and a bimodal one are each called so."""
+    x = rows(40)
+    one, two = (pretend(UnitMixture(1), x, num_draws=500, seed=seed) for seed in (0, 1))
+    centre = two.draws["loc"].mean((0, 1))
+    noise = two.draws["loc"] - centre
+    coin = (torch.rand(noise.shape, generator=rng.make_generator(5)) < 0.5).double()
+
+    def spoilt(loc):
+        return dataclasses.replace(two, draws={**two.draws, "loc": loc})
+
+    fits = {
+        "a": one,
+        "same": two,
+        "narrow": spoilt(centre + 0.6 * noise),
+        "moved": spoilt(two.draws["loc"] + 0.1),
+        "split": spoilt(
+            centre + noise.std() * ((2 * coin - 1) * 0.98 + 0.2 * noise / noise.std())
+        ),
+    }
+    table = agreement(fits).xs("mean[0]")
+    assert table.loc["same", "finding"] == ""
+    assert table.loc["same", "overlap"] > 0.97
+    assert table.loc["same", "kl"] < 0.01
+    assert table.loc["narrow", "finding"].startswith("narrower: sd 0.6 of a's")
+    assert table.loc["moved", "finding"].startswith("mean above by 0.6")
+    assert table.loc["split", "finding"].startswith("another shape: overlap 0.")
+    # two normals whose means are d standard deviations apart overlap by 2 Phi(-d / 2)
+    d = table.loc["moved", "sds"]
+    expected = float(2 * torch.distributions.Normal(0.0, 1.0).cdf(torch.tensor(-d / 2)))
+    assert table.loc["moved", "overlap"] == pytest.approx(expected, abs=0.05)
+    assert table.loc["moved", "kl"] == pytest.approx(d**2 / 2, rel=0.25)
+
+
+def test_fits_in_a_list_or_by_name(fit):
+    other = dataclasses.replace(fit, attrs={**fit.attrs, "k_hat": 0.4})
+    listed = agreement([fit, other])
+    assert list(listed.index.get_level_values(1).unique()) == ["pretend", "pretend 2"]
+    assert listed.loc[("k_hat", "pretend 2"), "mean"] == 0.4
+    assert list(agreement(fit, other, x=rows(9)).index.get_level_values(1).unique()) == [
+        "pretend",
+        "pretend 2",
+    ]
+
+
 def test_z_scores_are_calibrated():
     """Over many pairs of equal posteriors z is about standard normal."""
     x = rows(40)
