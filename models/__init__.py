@@ -5,14 +5,23 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["PPCA", "FactorAnalysis", "GaussianMixture", "Mixture", "MixtureClassifier"]
+__all__ = [
+    "PPCA",
+    "BayesianPCA",
+    "FactorAnalysis",
+    "GaussianMixture",
+    "Mixture",
+    "MixtureClassifier",
+]
 
 if TYPE_CHECKING:
+    from bayesgen.models.bayesian_pca import BayesianPCA
     from bayesgen.models.classifier import MixtureClassifier
     from bayesgen.models.mixture import GaussianMixture, Mixture
     from bayesgen.models.ppca import PPCA, FactorAnalysis
 
 _HOMES = {
+    "BayesianPCA": "bayesgen.models.bayesian_pca",
     "PPCA": "bayesgen.models.ppca",
     "FactorAnalysis": "bayesgen.models.ppca",
     "GaussianMixture": "bayesgen.models.mixture",

@@ -27,7 +27,7 @@ _LARGE, _SMALL = 2000, 2**18
 
 
 @final
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class PPCA(LinearModel, Solvable):
     r"""Probabilistic principal component analysis, missing entries integrated out exactly.
 
@@ -148,7 +148,7 @@ class PPCA(LinearModel, Solvable):
 
 
 @final
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class FactorAnalysis(LinearModel):
     r"""Factor analysis: as :class:`PPCA`, but each column has a noise of its own.
 

@@ -15,6 +15,7 @@ from bayesgen.distributions.constraints import (
     loc_cholesky,
     loc_variance,
 )
+from bayesgen.distributions.horseshoe_precision import HorseshoePrecision
 from bayesgen.distributions.inverse_wishart import InverseWishart, InverseWishartCholesky
 from bayesgen.distributions.low_rank import (
     PartialLowRankMultivariateNormal,
@@ -32,6 +33,7 @@ from bayesgen.distributions.student_t_mixture import StudentTMixture
 
 __all__ = [
     "CholeskyFactorTransform",
+    "HorseshoePrecision",
     "InverseWishart",
     "InverseWishartCholesky",
     "LocCholeskyTransform",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -17,12 +18,15 @@ from bayesgen import rng
 from bayesgen.capabilities import (
     Conditional,
     Decoder,
+    Denoising,
     Encoder,
+    Explained,
     Generative,
     Model,
     Pooled,
     Program,
     Scored,
+    Symmetric,
 )
 from bayesgen.conjugate import Local
 from bayesgen.distributions import PartialLowRankMultivariateNormal
@@ -41,6 +45,7 @@ from bayesgen.models.linear.priors import (
 )
 from bayesgen.models.linear.rows import Rows, Sums, pool, sum_rows, take_rows
 from bayesgen.priors import describe, prior_from_config, prior_to_config
+from bayesgen.symmetry import Rotation, factor_invariants
 
 if TYPE_CHECKING:
     from bayesgen.capabilities import Tensors
@@ -73,8 +78,20 @@ def _scale_tril(precision_tril: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(upper, eye.expand(upper.shape), upper=False)
 
 
-@dataclass(frozen=True, eq=False)
-class LinearModel(Model, Program, Scored, Generative, Decoder, Encoder, Conditional, Pooled):
+@dataclass(frozen=True, eq=False, repr=False)
+class LinearModel(
+    Model,
+    Program,
+    Scored,
+    Generative,
+    Decoder,
+    Encoder,
+    Denoising,
+    Explained,
+    Conditional,
+    Symmetric,
+    Pooled,
+):
     r"""Rows that are a linear map of a few latents, plus noise.
 
     .. math::
@@ -169,12 +186,14 @@ class LinearModel(Model, Program, Scored, Generative, Decoder, Encoder, Conditio
             "loc": ("column",),
             "noise_scale": () if self.is_shared else ("column",),
         }
-        return {**dims, "precision": ("latent",)} if self.is_learned else dims
+        learned = {"precision": ("latent",)} if self.is_learned else {}
+        invariants = {"signal_variance": ("rank",), "covariance": ("column", "column_2")}
+        return {**dims, **learned, **invariants}
 
     def coords(self) -> dict[str, list[Any]]:
         columns = list(self._bound.columns)
         latents = list(range(self.latent_dim))
-        return {"column": columns, "column_2": columns, "latent": latents}
+        return {"column": columns, "column_2": columns, "latent": latents, "rank": latents}
 
     def to_config(self) -> dict[str, Any]:
         bound = self._bound
@@ -234,8 +253,7 @@ class LinearModel(Model, Program, Scored, Generative, Decoder, Encoder, Conditio
         return latents @ draws["loadings"].mT + draws["loc"].unsqueeze(-2)
 
     def sample(self, draws: Tensors, *, generator: torch.Generator) -> Tensor:
-        latents = self.sample_latents(draws, generator=generator)
-        signal = self.decode(latents.unsqueeze(-2), draws).squeeze(-2)
+        signal = self.sample_signal(draws, generator=generator)
         noise = rng.standard_normal(
             signal.shape, generator, dtype=signal.dtype, device=signal.device
         )
@@ -269,6 +287,46 @@ class LinearModel(Model, Program, Scored, Generative, Decoder, Encoder, Conditio
             noise[..., ~observed].square().unsqueeze(-2),
             validate_args=False,
         )
+
+    def reconstruct(self, x: Tensor, draws: Tensors) -> Tensor:
+        return self.decode(self.encode(x, draws).mean, draws)
+
+    def sample_signal(self, draws: Tensors, *, generator: torch.Generator) -> Tensor:
+        latents = self.sample_latents(draws, generator=generator)
+        return self.decode(latents.unsqueeze(-2), draws).squeeze(-2)
+
+    def explained_variance(self, draws: Tensors) -> dict[str, Tensor]:
+        loadings = draws["loadings"]
+        spectrum = torch.linalg.eigvalsh(loadings.mT @ loadings).flip(-1).clamp_min(0.0)
+        return {"signal": spectrum, "noise": self._noise(draws).square().sum(-1)}
+
+    # ------------------------------------------------------------ Symmetric
+    @property
+    def negligible(self) -> float:
+        """Variance of the signal, in units of the noise's, below which a direction is off.
+
+        Rows of pure noise have a leading direction of sample variance ``(1 + sqrt(d / n))^2`` in
+        these units, and a signal below ``sqrt(d / n)`` does not show among them.
+        """
+        if not self.is_learned:
+            return 0.0
+        return math.sqrt(len(self._bound.columns) / max(self._bound.num_rows, 1))
+
+    @property
+    def symmetry(self) -> Rotation:
+        attached = ("precision",) if self.is_learned else ()
+        return Rotation(
+            self.latent_dim, noise="noise_scale", attached=attached, negligible=self.negligible
+        )
+
+    def invariants(self, draws: Tensors) -> dict[str, Tensor]:
+        found = factor_invariants(draws["loadings"], draws["noise_scale"])
+        if self.is_learned:
+            scaled = draws["loadings"] / self._noise(draws).unsqueeze(-1)
+            spectrum = torch.linalg.eigvalsh(scaled.mT @ scaled)
+            live = (spectrum > self.negligible).sum(-1)
+            found = {"num_live": live.to(spectrum.dtype), **found}
+        return found
 
     # ------------------------------------------------------------ Conjugate
     @cached_property

@@ -28,6 +28,8 @@ from torch import Tensor
 from bayesgen import rng
 from bayesgen.conjugate import Block
 from bayesgen.distributions._low_rank import pack, pack_outer, unpack
+from bayesgen.models.linear.expansion import expand_latents
+from bayesgen.models.linear.relevance import Relevance, gamma_kl, gamma_log_prob
 
 if TYPE_CHECKING:
     from bayesgen.capabilities import Tensors
@@ -47,22 +49,6 @@ class _Law(NamedTuple):
     """Cholesky factors of the precisions, ``(..., d, q + 1, q + 1)``."""
 
 
-def _gamma_log_prob(value: Tensor, shape: Tensor, rate: Tensor) -> Tensor:
-    """Density of the logarithm of a Gamma variate."""
-    return shape * (rate * value).log() - torch.lgamma(shape) - rate * value
-
-
-def _gamma_kl(a: Tensor, b: Tensor, shape: Tensor, rate: Tensor) -> Tensor:
-    """``KL(Gamma(a, b) || Gamma(shape, rate))``."""
-    return (
-        (a - shape) * torch.digamma(a)
-        - torch.lgamma(a)
-        + torch.lgamma(shape)
-        + shape * (b / rate).log()
-        + a * (rate / b - 1.0)
-    )
-
-
 @dataclass(frozen=True, eq=False)
 class LoadingsBlock(Block):
     """Loadings, mean and noise of all columns, relative to the model's offset.
@@ -78,8 +64,7 @@ class LoadingsBlock(Block):
         shape: :math:`a` of the noise's precision, ``(1,)`` for one noise, ``(d,)`` for one a
             column.
         rate: :math:`b`, the same.
-        relevance: Shapes and rates of the directions' precisions, ``(2, q)``; None when they are
-            fixed.
+        relevance: Prior of the directions' precisions; None when they are fixed.
         floor: Least variance of the noise in maximum likelihood, which may have no maximum else;
             of the shape of ``rate``.
     """
@@ -88,7 +73,7 @@ class LoadingsBlock(Block):
     precision: Tensor
     shape: Tensor
     rate: Tensor
-    relevance: Tensor | None
+    relevance: Relevance | None
     floor: Tensor
 
     @property
@@ -149,18 +134,26 @@ class LoadingsBlock(Block):
         """A first guess of the noise's and the directions' precisions, from least squares."""
         loadings = self._least_squares(statistics)
         tau = self._noise_mode(statistics, self._at(statistics, loadings))
-        return tau, self._relevance_mode(loadings)
+        return tau, self._relevance_guess(loadings)
 
     def _noise_mode(self, statistics: Tensors, residual: Tensor) -> Tensor:
         """The mode of the noise's precision, in the basis of its logarithm."""
         half = 0.5 * self._by_noise(statistics["count"])
         return (self.shape + half) / (self.rate + 0.5 * self._by_noise(residual))
 
-    def _relevance_mode(self, loadings: Tensor) -> Tensor | None:
+    def _relevance_guess(self, loadings: Tensor) -> Tensor | None:
         if self.relevance is None:
             return None
         square = loadings[..., :-1].square().sum(-2)
-        return (self.relevance[0] + 0.5 * self._d) / (self.relevance[1] + 0.5 * square)
+        first = self._d / square.clamp_min(torch.finfo(square.dtype).tiny)
+        return self.relevance.mode(first, square, self._d)
+
+    def _relevance_mode(self, loadings: Tensor, previous: Tensor | None) -> Tensor | None:
+        if self.relevance is None:
+            return None
+        if previous is None:
+            return self._relevance_guess(loadings)
+        return self.relevance.mode(previous, loadings[..., :-1].square().sum(-2), self._d)
 
     # ------------------------------------------------------------ variational Bayes
     @staticmethod
@@ -187,16 +180,11 @@ class LoadingsBlock(Block):
         posterior["rate"] = self.rate + 0.5 * residual
         if self.relevance is not None:
             square = second.diagonal(dim1=-2, dim2=-1)[..., :-1].sum(-2)
-            shape = torch.full_like(square, 0.5 * self._d) + self.relevance[0]
-            posterior["relevance_concentration"] = shape
-            posterior["relevance_rate"] = self.relevance[1] + 0.5 * square
+            posterior |= self.relevance.update(previous, square, self._d)
         return posterior
 
-    @staticmethod
-    def _expected_relevance(posterior: Tensors) -> Tensor | None:
-        if "relevance_rate" not in posterior:
-            return None
-        return posterior["relevance_concentration"] / posterior["relevance_rate"]
+    def _expected_relevance(self, posterior: Tensors) -> Tensor | None:
+        return None if self.relevance is None else self.relevance.expected(posterior)
 
     def message(self, posterior: Tensors) -> dict[str, Tensor]:
         shape, rate = posterior["concentration"], posterior["rate"]
@@ -221,12 +209,9 @@ class LoadingsBlock(Block):
         relevance = self._expected_relevance(posterior)
         prior = self._prior_precision(relevance)
         log_prior = prior.log()
-        kl = _gamma_kl(posterior["concentration"], posterior["rate"], self.shape, self.rate).sum(
-            -1
-        )
+        kl = gamma_kl(posterior["concentration"], posterior["rate"], self.shape, self.rate).sum(-1)
         if self.relevance is not None:
-            shape, rate = posterior["relevance_concentration"], posterior["relevance_rate"]
-            log_alpha = torch.digamma(shape) - rate.log()
+            log_alpha = self.relevance.expected_log(posterior)
             log_prior = torch.cat(
                 [
                     log_alpha.unsqueeze(-2).expand(*prior.shape[:-1], -1),
@@ -234,7 +219,7 @@ class LoadingsBlock(Block):
                 ],
                 -1,
             )
-            kl = kl + _gamma_kl(shape, rate, *self.relevance).sum(-1)
+            kl = kl + self.relevance.kl(posterior)
         spread = self._covariance(tril).diagonal(dim1=-2, dim2=-1)
         quadratic = prior * (spread + (loc - self.loc).square())
         log_det = 2.0 * tril.diagonal(dim1=-2, dim2=-1).log()
@@ -251,8 +236,9 @@ class LoadingsBlock(Block):
         tau = rng.gamma(repeat("concentration"), generator) / repeat("rate")
         relevance = None
         if self.relevance is not None:
-            shape = repeat("relevance_concentration")
-            relevance = rng.gamma(shape, generator) / repeat("relevance_rate")
+            names = ("relevance_concentration", "relevance_rate")
+            repeated = {name: repeat(name) for name in names}
+            relevance = self.relevance.draw_posterior(repeated, generator=generator)
         return self._values(self._draw_loadings(law, generator), tau, relevance)
 
     @staticmethod
@@ -291,7 +277,7 @@ class LoadingsBlock(Block):
             tau, relevance = previous["variance"].reciprocal(), previous.get("precision")
         law = self._regress(statistics, tau, self._prior_precision(relevance))
         tau = self._noise_mode(statistics, self._at(statistics, law.loc))
-        return self._values(law.loc, tau, self._relevance_mode(law.loc))
+        return self._values(law.loc, tau, self._relevance_mode(law.loc, relevance))
 
     def _maximise_flat(self, statistics: Tensors) -> dict[str, Tensor]:
         loadings = self._least_squares(statistics)
@@ -302,7 +288,7 @@ class LoadingsBlock(Block):
         variance = torch.where(count > 0, residual / count.clamp_min(1.0), guess)
         variance = torch.maximum(variance, self.floor)
         expanded = self._expand(statistics["latent"], loadings)
-        return self._values(expanded, variance.reciprocal(), self._relevance_mode(expanded))
+        return self._values(expanded, variance.reciprocal(), self._relevance_guess(expanded))
 
     def _expand(self, latent: Tensor, loadings: Tensor) -> Tensor:
         """Loadings of standard latents, from those of latents with any mean and covariance."""
@@ -318,15 +304,15 @@ class LoadingsBlock(Block):
         return torch.where((info == 0)[..., None, None], expanded, loadings)
 
     def log_prior(self, values: Tensors) -> Tensor:
-        augmented = torch.cat([values["loadings"], values["loc"].unsqueeze(-1)], -1)
+        augmented = self._augment(values)
         prior = self._prior_precision(values.get("precision"))
         square = prior * (augmented - self.loc).square()
         total = 0.5 * (prior.log() - _LOG_2PI - square).sum((-2, -1))
         tau = values["variance"].reciprocal()
-        total = total + _gamma_log_prob(tau, self.shape, self.rate).sum(-1)
+        total = total + gamma_log_prob(tau, self.shape, self.rate).sum(-1)
         if self.relevance is None:
             return total
-        return total + _gamma_log_prob(values["precision"], *self.relevance).sum(-1)
+        return total + self.relevance.log_prior(values["precision"])
 
     # ------------------------------------------------------------ Gibbs
     def draw(
@@ -337,18 +323,37 @@ class LoadingsBlock(Block):
             tau, relevance = self._first(statistics)
         else:
             tau, relevance = previous["variance"].reciprocal(), previous.get("precision")
+            statistics = self._expand_latents(statistics, previous, generator)
         law = self._regress(statistics, tau, self._prior_precision(relevance))
         loadings = self._draw_loadings(law, generator)
         residual = self._by_noise(self._at(statistics, loadings))
         shape = self.shape + 0.5 * self._by_noise(statistics["count"])
         tau = rng.gamma(shape, generator) / (self.rate + 0.5 * residual)
         if self.relevance is not None:
+            assert relevance is not None
             square = loadings[..., :-1].square().sum(-2)
-            shape = torch.full_like(square, 0.5 * self._d) + self.relevance[0]
-            relevance = rng.gamma(shape, generator) / (self.relevance[1] + 0.5 * square)
+            relevance = self.relevance.draw(relevance, square, self._d, generator=generator)
         return self._values(loadings, tau, relevance)
 
+    def _expand_latents(
+        self, statistics: Tensors, values: Tensors, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """A move along location, scale and shear of the latents, which plain Gibbs is slow in."""
+        prior = self._prior_precision(values.get("precision"))
+
+        def log_prior(loadings: Tensor) -> Tensor:
+            return -0.5 * (prior * (loadings - self.loc).square()).sum((-2, -1))
+
+        order = prior[..., :-1].mean(-2).argsort(-1)
+        return expand_latents(
+            statistics, self._augment(values), log_prior, order, generator=generator
+        )
+
+    @staticmethod
+    def _augment(values: Tensors) -> Tensor:
+        return torch.cat([values["loadings"], values["loc"].unsqueeze(-1)], -1)
+
     def natural(self, values: Tensors) -> dict[str, Tensor]:
-        augmented = torch.cat([values["loadings"], values["loc"].unsqueeze(-1)], -1)
+        augmented = self._augment(values)
         tau = values["variance"].reciprocal()
         return self._message(augmented, pack_outer(augmented), tau, tau.log())

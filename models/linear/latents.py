@@ -219,8 +219,8 @@ def from_rows(
         "second": (weight.mT @ packed).double(),
         "latent": packed.double().sum(-2),
         "cross": (rows.values.mT @ torch.cat([mean, one.unsqueeze(-1)], -1)).double(),
-        "square": rows.values.double().square().sum(0).expand(*lead, d),
-        "count": weight.double().sum(0).expand(*lead, d),
+        "square": rows.values.double().square().sum(-2).expand(*lead, d),
+        "count": weight.double().sum(-2).expand(*lead, d),
     }
     return Latents(statistics, scores.double().sum(-1))
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
-from bayesgen.distributions import RootInverseGamma
+from bayesgen.distributions import HorseshoePrecision, RootInverseGamma
 from bayesgen.models.families.factorised import column_prior
 from bayesgen.models.families.gaussian import column_scales as scales_of
 from bayesgen.models.linear.block import LoadingsBlock
+from bayesgen.models.linear.relevance import Relevance
 from bayesgen.priors import describe
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ __all__ = [
 # guesses a thousandth of the standard deviation, so that it never outweighs small noise.
 _WIDE, _NOISE = 10.0, 1e-3
 _FLOOR = 1e-10
+# Prior variance of the loadings of a direction that is off, in variances of a column.
+_SPIKE = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,9 +77,10 @@ def default_priors(
     noise = scale[:1].reshape(()) if shared else scale
     found: dict[str, Distribution] = {}
     if learned:
-        # Worth a thousandth of an observation of the usual size: the data decide.
-        shape = torch.full((latent_dim,), 1e-3, dtype=torch.float64, device=scale.device)
-        found["precision"] = dist.Gamma(shape, shape * scale.square().mean())
+        # Loadings are Student-t with two degrees of freedom, much narrower than the data: a
+        # direction is off unless the data switch it on, and then its size is free.
+        shape = torch.ones(latent_dim, dtype=torch.float64, device=scale.device)
+        found["precision"] = dist.Gamma(shape, _SPIKE * shape * scale.square().mean())
     else:
         wide = scale.unsqueeze(-1).expand(-1, latent_dim)
         found["loadings"] = dist.Normal(torch.zeros_like(wide), wide)
@@ -134,12 +138,20 @@ def sample_sites(
     return values
 
 
-_CONJUGATE: dict[str, type[Distribution]] = {
-    "loadings": dist.Normal,
-    "precision": dist.Gamma,
-    "loc": dist.Normal,
-    "noise_scale": RootInverseGamma,
+_CONJUGATE: dict[str, tuple[type[Distribution], ...]] = {
+    "loadings": (dist.Normal,),
+    "precision": (dist.Gamma, HorseshoePrecision),
+    "loc": (dist.Normal,),
+    "noise_scale": (RootInverseGamma,),
 }
+
+
+def _relevance(prior: Distribution, like: Tensor) -> Relevance:
+    if isinstance(prior, HorseshoePrecision):
+        scale = prior.scale.to(like)
+        return Relevance(torch.full_like(scale, 0.5), scale.square().reciprocal(), True)
+    assert isinstance(prior, dist.Gamma)
+    return Relevance(prior.concentration.to(like), prior.rate.to(like))
 
 
 def conjugate_block(priors: Mapping[str, Any], scales: Scales, latent_dim: int) -> LoadingsBlock:
@@ -152,14 +164,14 @@ def conjugate_block(priors: Mapping[str, Any], scales: Scales, latent_dim: int) 
         if not isinstance(prior, _CONJUGATE[site]):
             raise TypeError(
                 f"the prior of '{site}', {describe(prior)}, is not conjugate, so EM, VB and Gibbs "
-                f"cannot use it. Give a {_CONJUGATE[site].__name__}, or fit with NUTS or SVI."
+                f"cannot use it. Give a {' or '.join(c.__name__ for c in _CONJUGATE[site])}, "
+                "or fit with NUTS or SVI."
             )
     offset, noise, mean = scales.offset, priors["noise_scale"], priors["loc"]
     zeros = offset.new_zeros((len(offset), latent_dim))
     relevance = None
     if "precision" in priors:
-        learned = priors["precision"]
-        relevance = torch.stack([learned.concentration, learned.rate]).to(offset)
+        relevance = _relevance(priors["precision"], offset)
         loc, precision = zeros, torch.ones_like(zeros)
     else:
         loc = priors["loadings"].loc.to(offset)

@@ -10,7 +10,7 @@ import torch
 from bayesgen import rng
 from bayesgen.data import as_dataset
 from bayesgen.inference import Gibbs
-from bayesgen.models import GaussianMixture, Mixture
+from bayesgen.models import PPCA, BayesianPCA, FactorAnalysis, GaussianMixture, Mixture
 from bayesgen.models.families.bernoulli import Bernoulli
 from bayesgen.models.families.categorical import Categorical
 from bayesgen.models.families.poisson import Poisson
@@ -95,6 +95,10 @@ CASES = {
         lambda: as_dataset(discrete(5, 2), kinds="binary"),
     ),
     "categorical": (lambda: Mixture(Categorical(), 2), lambda: levels(2, 3)),
+    "ppca": (lambda: PPCA(2), lambda: real(4)),
+    "factor-analysis": (lambda: FactorAnalysis(2), lambda: real(4)),
+    "bayesian-pca": (lambda: BayesianPCA(3), lambda: real(4)),
+    "bayesian-pca-2": (lambda: BayesianPCA(1), lambda: real(2)),
     "poisson": (
         lambda: Mixture(Poisson(), 2),
         lambda: as_dataset(discrete(2, 6), kinds="count"),
