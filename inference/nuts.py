@@ -14,7 +14,6 @@ from bayesgen import rng
 from bayesgen.capabilities import Conjugate
 from bayesgen.inference.adaptation import (
     Adaptation,
-    Moments,
     StepSize,
     first_inverse_mass,
     first_step_size,
@@ -31,13 +30,17 @@ from bayesgen.inference.trajectory import (
     Metric,
     Trajectories,
     launch,
+    relaunch,
     tables,
 )
 
 __all__ = ["NUTS"]
 
-_DRAWS_A_STEP = 10
+_DRAWS_A_STEP = 25
+_TICKS, _EARLY_TICKS = 10, 5  # warm-up trajectories in a step, and in the first third
 _SHOWN = 1000  # entries of the mass matrix kept in the attributes
+_LOW_RANK_UP_TO = 1000  # parameters
+_ACCEPTANCE = STATISTICS.index("acceptance_rate") - len(STATISTICS)
 _EARLY_DEPTH = 8  # of the first tenth of warm-up, when the step size may be far too small
 
 
@@ -45,6 +48,8 @@ class NutsState(NamedTuple):
     """State of all chains. The buffers of recorded draws are filled in place."""
 
     chains: dict[str, Tensor]
+    noise: dict[str, Tensor]
+    """Random numbers drawn ahead."""
     adaptation: dict[str, Any]
     draws: Tensor
     """Unconstrained, ``(chains, num_samples, D)``."""
@@ -90,6 +95,8 @@ class NUTS(TracedEngine[NutsState]):
         kept.
         target_accept: Mean acceptance rate that the step size is adapted to; nearer one, smaller
         steps.
+        metric: ``"diagonal"`` mass matrix, ``"low_rank"`` for long directions across coordinates
+            beside it, or ``"auto"``: low rank up to 1000 parameters.
         max_depth: Doublings after which a trajectory ends.
         compile: Whether the step is compiled: True, False, or ``"auto"`` where it would pay.
         trace: False runs by Pyro's own Python, to compare with.
@@ -112,6 +119,7 @@ class NUTS(TracedEngine[NutsState]):
     num_samples: int = 1000
     num_warmup: int = 500
     target_accept: float = 0.8
+    metric: str = "auto"
     max_depth: int = 10
     compile: str | bool = "auto"
     trace: bool = True
@@ -134,6 +142,10 @@ class NUTS(TracedEngine[NutsState]):
                 f"0.8 is "
                 "usual, 0.95 where trajectories diverge."
             )
+        if self.metric not in ("auto", "diagonal", "low_rank"):
+            raise ValueError(
+                f"NUTS: metric={self.metric!r}, but it must be 'auto', 'diagonal' or 'low_rank'."
+            )
         if self.max_depth > 15:
             raise ValueError(f"NUTS: max_depth={self.max_depth}, but at most 15 is allowed.")
         if self.compile not in (True, False, "auto"):
@@ -147,8 +159,16 @@ class NUTS(TracedEngine[NutsState]):
 
     @property
     def max_steps(self) -> int:
-        """One step for each warm-up trajectory of a chain, one for every ten draws."""
-        return self.num_warmup + math.ceil(self.num_samples / _DRAWS_A_STEP)
+        """One step for every few warm-up trajectories of a chain, one for every 25 draws."""
+        ticks, steps = 0, 0
+        while ticks < self.num_warmup:
+            ticks, steps = ticks + self._ticks(ticks), steps + 1
+        return steps + math.ceil(self.num_samples / _DRAWS_A_STEP)
+
+    def _ticks(self, tick: int) -> int:
+        """Warm-up trajectories of a chain in the step that starts at ``tick``."""
+        wanted = _EARLY_TICKS if 3 * tick < self.num_warmup else _TICKS
+        return min(wanted, self.num_warmup - tick)
 
     # ------------------------------------------------------------ what it works on
     def prepare(self, task: Task) -> Work:
@@ -167,19 +187,25 @@ class NUTS(TracedEngine[NutsState]):
     def init(self, task: Task, work: Work) -> NutsState:
         model = task.model if isinstance(task.model, Conjugate) else None
         points, lp, gradient = starting_points(
-            work.density, self.num_chains, model, task.data, generator=task.generator
+            work.density,
+            self.num_chains,
+            model,
+            task.data,
+            gradient_of=work.speed.gradient_of,
+            generator=task.generator,
         )
-        normal, uniform = self._noise(task, 1, points)
+        normal, uniform = self._noise(task, points)
         step_size = first_step_size(
-            work.speed.gradient_of, points, lp, gradient, first_inverse_mass(gradient), normal[0]
+            work.speed.gradient_of, points, lp, gradient, first_inverse_mass(gradient), normal
         )
         adaptation = start_adaptation(points, gradient, step_size)
-        metric = self._metric(adaptation, points)
-        normal, uniform = self._noise(task, 1, points)
-        chains = launch(points, lp, gradient, metric, normal[0], uniform[0, :, 0], self.max_depth)
+        metric = self._metric(adaptation)
+        normal, uniform = self._noise(task, points)
+        chains = launch(points, lp, gradient, metric, normal, uniform, self.max_depth)
         size = (self.num_chains, self.num_samples)
         return NutsState(
             chains._asdict(),
+            work.speed.machine.noise(chains),
             _packed(adaptation),
             points.new_zeros((*size, points.shape[1])),
             points.new_zeros((*size, len(STATISTICS))),
@@ -188,23 +214,23 @@ class NUTS(TracedEngine[NutsState]):
             0,
         )
 
-    def _noise(self, task: Task, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _noise(self, task: Task, like: Tensor) -> tuple[Tensor, Tensor]:
+        """For a start of all chains."""
         c, d = self.num_chains, like.shape[-1]
-        normal = rng.standard_normal((count, c, d), task.generator, like.dtype)
-        uniform = torch.rand(
-            (count, c, 3), generator=task.generator, dtype=like.dtype, device=like.device
-        )
+        normal = rng.standard_normal((c, d), task.generator, like.dtype)
+        uniform = torch.rand((c,), generator=task.generator, dtype=like.dtype, device=like.device)
         return normal, uniform
 
-    def _metric(self, adaptation: Adaptation, like: Tensor) -> Metric:
+    def _metric(self, adaptation: Adaptation) -> Metric:
         early = adaptation.tick < self.num_warmup // 10
         depth = min(self.max_depth, _EARLY_DEPTH) if early else self.max_depth
+        like = adaptation.inverse_mass
         return Metric(
-            torch.tensor(
-                adaptation.current(self.num_warmup), dtype=like.dtype, device=like.device
-            ),
-            adaptation.inverse_mass,
-            torch.tensor(float(depth), dtype=like.dtype, device=like.device),
+            like.new_tensor(adaptation.current(self.num_warmup)),
+            like,
+            adaptation.basis,
+            adaptation.stretch,
+            like.new_tensor(float(depth)),
         )
 
     # ------------------------------------------------------------ steps
@@ -214,78 +240,79 @@ class NUTS(TracedEngine[NutsState]):
                 return self._warmup(task, work, state)
             return self._sampling(task, work, state)
 
-    def _block(
-        self, task: Task, work: Work, chains: Trajectories, metric: Metric, count: int
-    ) -> tuple[Trajectories, Tensor]:
-        """``count`` leapfrog steps of every chain, and their records ``(count, c, ...)``."""
-        normal, uniform = self._noise(task, count, chains.inverse_mass)
-        records = []
-        for k in range(count):
-            *new, record = work.speed.advance(*chains, *metric, normal[k], uniform[k])
-            chains = Trajectories(*new)
-            records.append(record)
-        return chains, torch.stack(records)
-
     def _warmup(self, task: Task, work: Work, state: NutsState) -> tuple[NutsState, Info]:
-        """Until as many trajectories have ended as there are chains; then the sampler adapts."""
-        chains = Trajectories(**state.chains)
+        """The step size learns after each trajectory of a chain, the mass matrix at the end."""
+        chains, noise = _own(state)
         adaptation = _unpacked(state.adaptation)
-        metric = self._metric(adaptation, chains.inverse_mass)
-        ended: list[Tensor] = []
-        while sum(map(len, ended)) < self.num_chains:
-            chains, records = self._block(task, work, chains, metric, 4)
-            ended.append(records[records[..., 0] > 0])
-        rows = torch.cat(ended)
-        points, statistics = self._split(rows, chains.inverse_mass.shape[-1])
-        adaptation = adaptation.update(
-            points,
-            float(statistics[:, STATISTICS.index("acceptance_rate")].mean()),
-            target=self.target_accept,
+        ticks, seen = self._ticks(state.tick), []
+        for _ in range(ticks):
+            metric, ended = self._metric(adaptation), []
+            while sum(map(len, ended)) < self.num_chains:
+                missing = self.num_chains - sum(map(len, ended))
+                chains, rows = work.speed.machine.run(
+                    chains, metric, noise, missing, task.generator
+                )
+                ended.append(rows)
+            rows = torch.cat(ended)
+            adaptation = adaptation.accepted(
+                float(rows[:, _ACCEPTANCE].mean()),
+                target=self.target_accept,
+                num_warmup=self.num_warmup,
+            )
+            seen.append(rows)
+        rows, d = torch.cat(seen), chains.ends.shape[-1]
+        before = adaptation
+        adaptation = adaptation.learned(
+            rows[:, 1 : 1 + 2 * d].reshape(-1, 2, d),
+            ticks,
             num_warmup=self.num_warmup,
+            low_rank=self._is_low_rank(d),
         )
+        if adaptation.inverse_mass is not before.inverse_mass:
+            normal, uniform = self._noise(task, rows[:, :d])
+            chains = relaunch(chains, self._metric(adaptation), normal, uniform)
+        statistics = rows[:, -len(STATISTICS) :]
         divergences = int(statistics[:, STATISTICS.index("diverging")].sum())
         new = state._replace(
             chains=chains._asdict(),
+            noise=noise,
             adaptation=_packed(adaptation),
-            tick=state.tick + 1,
+            tick=state.tick + ticks,
             warmup_divergences=state.warmup_divergences + divergences,
         )
         return new, self._info(new, statistics)
 
+    def _is_low_rank(self, num_params: int) -> bool:
+        if self.metric == "auto":
+            return 1 < num_params <= _LOW_RANK_UP_TO
+        return self.metric == "low_rank"
+
     def _sampling(self, task: Task, work: Work, state: NutsState) -> tuple[NutsState, Info]:
-        """Until every chain has ten draws more; a chain that is ahead does not wait."""
-        chains = Trajectories(**state.chains)
-        metric = self._metric(_unpacked(state.adaptation), chains.inverse_mass)
-        counts = state.counts.clone()
-        target = min(self.num_samples, _DRAWS_A_STEP * (state.tick - self.num_warmup + 1))
-        seen = []
+        """Until every chain has 25 draws more; a chain that is ahead does not wait."""
+        chains, noise = _own(state)
+        metric = self._metric(_unpacked(state.adaptation))
+        counts, tick = state.counts, state.tick + 1
+        target = min(self.num_samples, _DRAWS_A_STEP * (tick - self.num_warmup))
         while int(counts.min()) < target:
-            chains, records = self._block(task, work, chains, metric, 16)
-            counts = self._keep(state, counts, records)
-            seen.append(records[records[..., 0] > 0])
-        new = state._replace(chains=chains._asdict(), counts=counts, tick=state.tick + 1)
+            missing = int((target - counts).clamp(min=0).sum())
+            chains, rows = work.speed.machine.run(chains, metric, noise, missing, task.generator)
+            counts = self._keep(state, counts, rows)
+        new = state._replace(chains=chains._asdict(), noise=noise, counts=counts, tick=tick)
         # The last step may have nothing left to do for chains that were all ahead.
-        last = max(0, int(counts.min()) - _DRAWS_A_STEP)
-        statistics = state.sample_stats[:, last : int(counts.min())].flatten(0, 1)
-        return new, self._info(new, statistics)
+        last = max(0, target - _DRAWS_A_STEP)
+        return new, self._info(new, state.sample_stats[:, last:target].flatten(0, 1))
 
-    def _keep(self, state: NutsState, counts: Tensor, records: Tensor) -> Tensor:
-        """Write the draws that ended in a block into the buffers, each chain's in its order."""
-        ended = records[..., 0] > 0
-        place = counts + ended.cumsum(0) - 1
-        kept = ended & (place < self.num_samples)
-        step, chain = kept.nonzero(as_tuple=True)
-        where = place[step, chain]
+    def _keep(self, state: NutsState, counts: Tensor, rows: Tensor) -> Tensor:
+        """Write the draws that ended into the buffers, each chain's in its order."""
+        chain = rows[:, 0].long()
+        is_of = chain.unsqueeze(1) == torch.arange(self.num_chains, device=rows.device)
+        place = (counts + is_of.cumsum(0) - 1).gather(1, chain.unsqueeze(1)).squeeze(1)
+        kept = place < self.num_samples
+        chain, place, rows = chain[kept], place[kept], rows[kept]
         d = state.draws.shape[-1]
-        rows = records[step, chain]
-        state.draws[chain, where] = rows[:, 1 : 1 + d]
-        state.sample_stats[chain, where] = rows[:, 1 + 2 * d :]
-        return (counts + ended.sum(0)).clamp(max=self.num_samples)
-
-    @staticmethod
-    def _split(rows: Tensor, d: int) -> tuple[Tensor, Tensor]:
-        """Records as pairs of position and gradient ``(m, 2, D)`` and statistics ``(m, ...)``."""
-        return rows[:, 1 : 1 + 2 * d].reshape(-1, 2, d), rows[:, 1 + 2 * d :]
+        state.draws[chain, place] = rows[:, 1 : 1 + d]
+        state.sample_stats[chain, place] = rows[:, 1 + 2 * d :]
+        return (counts + is_of.sum(0)).clamp(max=self.num_samples)
 
     def _info(self, state: NutsState, statistics: Tensor) -> Info:
         mean = dict(zip(STATISTICS, statistics.mean(0).tolist(), strict=True))
@@ -325,6 +352,7 @@ class NUTS(TracedEngine[NutsState]):
                 "warmup_divergences": state.warmup_divergences,
                 "step_size": adaptation.current(self.num_warmup),
                 "inverse_mass": adaptation.inverse_mass[:_SHOWN].tolist(),
+                "metric_rank": adaptation.basis.shape[1],
                 "num_params": work.density.num_params,
                 "is_traced": work.density.is_traced,
                 "is_compiled": work.speed.is_compiled,
@@ -359,20 +387,18 @@ class NUTS(TracedEngine[NutsState]):
         return messages
 
 
+def _own(state: NutsState) -> tuple[Trajectories, dict[str, Tensor]]:
+    """Copies that a step may write into: the state before it must stay as it was."""
+    chains = Trajectories(**{name: value.clone() for name, value in state.chains.items()})
+    return chains, {name: value.clone() for name, value in state.noise.items()}
+
+
 def _packed(adaptation: Adaptation) -> dict[str, Any]:
     """As nested dicts, which a checkpoint can hold."""
     packed = adaptation._asdict()
-    for name in ("step_size", "window", "next_window"):
-        packed[name] = packed[name]._asdict()
+    packed["step_size"] = packed["step_size"]._asdict()
     return packed
 
 
 def _unpacked(packed: Mapping[str, Any]) -> Adaptation:
-    return Adaptation(
-        packed["tick"],
-        StepSize(**packed["step_size"]),
-        packed["inverse_mass"],
-        Moments(**packed["window"]),
-        Moments(**packed["next_window"]),
-        packed["since"],
-    )
+    return Adaptation(**{**packed, "step_size": StepSize(**packed["step_size"])})

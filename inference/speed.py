@@ -1,4 +1,4 @@
-"""Whether to compile: the cost of the eager graph over the run against that of the compiler.
+"""Whether to compile, and with what: the cost of the eager graph against that of each compiler.
 
 The decision is a model of costs and not a stop watch: the same program, settings and machine give
 the same choice, and so the same draws, however busy the machine is.
@@ -6,8 +6,6 @@ the same choice, and so the same draws, however busy the machine is.
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,7 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx
 
+from bayesgen.inference.emit import Unsupported
 from bayesgen.inference.graph import capture, compile_graph, simplify
+from bayesgen.inference.machines import Machine, NativeMachine, TorchMachine
+from bayesgen.inference.native import compiler, load, translated
 from bayesgen.inference.trace import Density
 from bayesgen.inference.trajectory import Metric, launch, machine
 
@@ -24,22 +25,44 @@ __all__ = ["Speed", "choose"]
 Gradient = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 # Seconds on one core of a 2024 server: an eager operation, one of its elements, a multiplication
-# in
-# a matrix product; and to compile, at all and for each operation.
+# in a matrix product; generated C++ to compile, at all and for each statement; and Inductor, at
+# all and for each operation.
 _OPERATION, _ELEMENT, _PRODUCT = 2.5e-6, 0.5e-9, 0.3e-9
+_NATIVE, _NATIVE_STATEMENT = 0.25, 1e-3
 _COMPILE, _COMPILE_OPERATION = 8.0, 0.02
-_MACHINE_OPERATIONS = 120
-_MAX_OPERATIONS = 4000  # unrolled loops: minutes in a C++ compiler
+_MACHINE_OPERATIONS = 130
+_MAX_OPERATIONS = 4000  # unrolled loops: minutes in Inductor
 
 
 class Speed(NamedTuple):
     """How leapfrog steps are computed, and why so."""
 
-    advance: Callable[..., tuple[Tensor, ...]]
+    machine: Machine
     gradient_of: Gradient
     is_compiled: bool
     reason: str
     seconds: float | None = None
+
+
+class _Cost(NamedTuple):
+    operations: int
+    elements: float
+    products: float
+
+    def eager(self, steps: int) -> float:
+        """Seconds of a run by eager operations."""
+        one = _OPERATION * self.operations + _ELEMENT * self.elements + _PRODUCT * self.products
+        return steps * one
+
+    def compiled(self, steps: int) -> float:
+        """Seconds of the same run after compiling by Inductor."""
+        one = 0.15 * _OPERATION * self.operations + 0.5 * _ELEMENT * self.elements
+        return steps * (one + _PRODUCT * self.products)
+
+    def native(self, steps: int) -> float:
+        """Seconds of the same run in generated C++."""
+        one = 0.01 * _OPERATION * self.operations + 0.5 * _ELEMENT * self.elements
+        return steps * (one + _PRODUCT * self.products)
 
 
 def choose(
@@ -51,7 +74,7 @@ def choose(
     compile: str | bool,
     num_steps: int,
 ) -> Speed:
-    """Compile the step of all chains, or not.
+    """How to move all chains: by generated C++, by Inductor, or eagerly.
 
     Args:
         density: The traced program.
@@ -61,19 +84,59 @@ def choose(
         compile: True, False or ``"auto"``.
         num_steps: Leapfrog steps expected of the whole run.
     """
+    if density.single is None:
+        why = "Pyro's own Python: the program is not traced"
+        return _eager(density, table, num_chains, why)
+    if compile is False:
+        return _eager(density, table, num_chains, "eager: compile=False")
+    cost = _cost(density.single, density, num_chains)
+    native = _native(density, num_chains, cost, num_steps, compile)
+    if isinstance(native, Speed):
+        return native
+    if density.layout.device.type == "cpu" and compiler() is None:
+        why = "eager: there is no C++ compiler (install g++ or clang, or set CXX)"
+        return _eager(density, table, num_chains, why)
+    pays, why = _pays(cost, num_steps)
+    if not native.startswith("eager"):
+        why = f"{why}; no C++ of its own: {native}"
+    if compile == "auto" and (not pays or native.startswith("eager")):
+        return _eager(density, table, num_chains, native if native.startswith("eager") else why)
+    return _inductor(density, table, num_chains, max_depth, why)
+
+
+def _eager(density: Density, table: Tensor, num_chains: int, why: str) -> Speed:
+    gradient_of = density.batched(num_chains)
+    return Speed(TorchMachine(machine(gradient_of, table)), gradient_of, False, why)
+
+
+def _native(
+    density: Density, num_chains: int, cost: _Cost, num_steps: int, compile: str | bool
+) -> Speed | str:
+    """Generated C++; or why not, starting with "eager" where that is faster."""
+    start = time.perf_counter()
+    try:
+        translation = translated(density)
+        build = _NATIVE + _NATIVE_STATEMENT * translation.statements
+        eager, native = cost.eager(num_steps), cost.native(num_steps)
+        why = (
+            f"{num_steps} steps of {cost.operations} operations would take about {eager:.1f} s "
+            f"eagerly and {native:.1f} s in C++, after {build:.1f} s of compiling"
+        )
+        if compile == "auto" and build + native > eager:
+            return f"eager: {why}"
+        found = load(translation, num_chains, density.num_params)
+    except Unsupported as error:
+        return str(error)
+    machine = NativeMachine(found, num_chains)
+    seconds = time.perf_counter() - start
+    return Speed(machine, found, True, f"compiled to C++: {why}", seconds)
+
+
+def _inductor(
+    density: Density, table: Tensor, num_chains: int, max_depth: int, why: str
+) -> Speed:
     gradient_of = density.batched(num_chains)
     eager = machine(gradient_of, table)
-    if not density.is_traced:
-        return Speed(eager, gradient_of, False, "Pyro's own Python: the program is not traced")
-    if compile is False:
-        return Speed(eager, gradient_of, False, "eager: compile=False")
-    assert isinstance(gradient_of, fx.GraphModule)
-    pays, why = _pays(gradient_of, density, num_chains, num_steps)
-    if compile == "auto" and not pays:
-        return Speed(eager, gradient_of, False, why)
-    if not _has_compiler(table.device):
-        why = "eager: there is no C++ compiler (install g++ or clang, or set CXX)"
-        return Speed(eager, gradient_of, False, why)
     example = _example(density, gradient_of, num_chains, max_depth)
     start = time.perf_counter()
     try:
@@ -82,9 +145,19 @@ def choose(
     except Exception as error:
         text = str(error).strip().splitlines()
         why = f"eager: compiling failed with {type(error).__name__}: {text[0] if text else ''}"
-        return Speed(eager, gradient_of, False, why)
+        return Speed(TorchMachine(eager), gradient_of, False, why)
     seconds = time.perf_counter() - start
-    return Speed(compiled, gradient_of, True, why if pays else "compiled: compile=True", seconds)
+
+    def advance(*state: Tensor) -> tuple[Tensor, ...]:
+        # Compiled for a diagonal metric; a basis has a size of its own.
+        is_diagonal = state[_BASIS].shape[1] == 0
+        found: tuple[Tensor, ...] = compiled(*state) if is_diagonal else eager(*state)
+        return found
+
+    return Speed(TorchMachine(advance), gradient_of, True, f"compiled by Inductor: {why}", seconds)
+
+
+_BASIS = 7  # place of the basis among the arguments of the machine
 
 
 def _example(
@@ -92,8 +165,14 @@ def _example(
 ) -> tuple[Tensor, ...]:
     """Arguments of the machine, every tensor a memory of its own."""
     points = density._points(num_chains)
-    one = points.new_ones(())
-    metric = Metric(0.1 * one, torch.ones_like(points[0]), max_depth * one)
+    one, d = points.new_ones(()), points.shape[-1]
+    metric = Metric(
+        0.1 * one,
+        torch.ones_like(points[0]),
+        points.new_zeros(d, 0),
+        points.new_zeros(2, 0),
+        max_depth * one,
+    )
     uniform = points.new_full((num_chains, 3), 0.5)
     with torch.no_grad():
         lp, gradient = gradient_of(points)
@@ -101,10 +180,9 @@ def _example(
     return tuple(v.clone() for v in (*chains, *metric, points, uniform))
 
 
-def _pays(
-    graph: fx.GraphModule, density: Density, num_chains: int, num_steps: int
-) -> tuple[bool, str]:
-    operations, work = _MACHINE_OPERATIONS, 0.0
+def _cost(graph: fx.GraphModule, density: Density, num_chains: int) -> _Cost:
+    """Of one leapfrog step of all chains, from the graph of one vector."""
+    operations, elements, products = _MACHINE_OPERATIONS, 0.0, 0.0
     values: dict[fx.Node, object] = {}
 
     class Sizes(fx.Interpreter):
@@ -113,8 +191,7 @@ def _pays(
             return values[n]
 
     with torch.no_grad():
-        Sizes(graph).run(density._points(num_chains))
-    products = 0.0
+        Sizes(graph).run(density._points(1)[0])
     for node in graph.graph.nodes:
         value = values.get(node)
         if node.op != "call_function" or not isinstance(value, Tensor):
@@ -122,21 +199,25 @@ def _pays(
         operations += 1
         if node.target in _PRODUCTS:
             inner = values[node.all_input_nodes[-1]]
-            shared = inner.shape[-2] if isinstance(inner, Tensor) and inner.ndim > 1 else 1
-            products += _PRODUCT * value.numel() * shared
+            shared = inner.shape[-2 if inner.ndim > 1 else 0] if isinstance(inner, Tensor) else 1
+            products += value.numel() * shared
         else:
-            work += _ELEMENT * value.numel()
-    eager = num_steps * (_OPERATION * operations + work + products)
-    compiled = num_steps * (0.15 * _OPERATION * operations + 0.5 * work + products)
-    cost = _COMPILE + _COMPILE_OPERATION * operations
+            elements += value.numel()
+    return _Cost(operations, num_chains * elements, num_chains * products)
+
+
+def _pays(cost: _Cost, num_steps: int) -> tuple[bool, str]:
+    """Whether compiling by Inductor does."""
+    eager, compiled = cost.eager(num_steps), cost.compiled(num_steps)
+    build = _COMPILE + _COMPILE_OPERATION * cost.operations
     why = (
-        f"{num_steps} steps of {operations} operations would take about {eager:.1f} s eagerly and "
-        f"{compiled:.1f} s compiled, after {cost:.0f} s of compiling"
+        f"{num_steps} steps of {cost.operations} operations would take about {eager:.1f} s "
+        f"eagerly and {compiled:.1f} s compiled, after {build:.0f} s of compiling"
     )
-    if operations > _MAX_OPERATIONS:
-        return False, f"eager: {operations} operations would take minutes to compile"
-    pays = compiled + cost < 0.8 * eager
-    return pays, f"{'compiled' if pays else 'eager'}: {why}"
+    if cost.operations > _MAX_OPERATIONS:
+        return False, f"eager: {cost.operations} operations would take minutes to compile"
+    pays = compiled + build < 0.8 * eager
+    return pays, why if pays else f"eager: {why}"
 
 
 _PRODUCTS = {
@@ -145,9 +226,3 @@ _PRODUCTS = {
     torch.ops.aten.addmm.default,
     torch.ops.aten.mv.default,
 }
-
-
-def _has_compiler(device: torch.device) -> bool:
-    if device.type != "cpu":
-        return True
-    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))

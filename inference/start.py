@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ def starting_points(
     model: Any,
     data: Any,
     *,
+    gradient_of: Callable[[Tensor], tuple[Tensor, Tensor]],
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(c, D)`` points, their log densities ``(c,)`` and gradients ``(c, D)``, all finite.
@@ -38,7 +40,7 @@ def starting_points(
     points = _from_model(density, num_chains, model, data, generator) if model else None
     if points is None:
         points = _uniform(density, num_chains, generator)
-    lp, gradient = density.value_and_grad(points)
+    lp, gradient = gradient_of(points)
     for k in range(_TRIES):
         bad = ~(lp.isfinite() & gradient.isfinite().all(-1))
         if not bool(bad.any()):
@@ -46,7 +48,7 @@ def starting_points(
         # Ever nearer to the origin: far out, many densities overflow.
         fresh = _uniform(density, num_chains, generator) * (1.0 if k < _TRIES // 2 else 0.1)
         points = torch.where(bad[:, None], fresh, points)
-        lp, gradient = density.value_and_grad(points)
+        lp, gradient = gradient_of(points)
     worst = points[~(lp.isfinite() & gradient.isfinite().all(-1))][0]
     raise ProgramError(_blame(density, worst, layout.dtype))
 

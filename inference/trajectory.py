@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["STATISTICS", "Metric", "Trajectories", "advance", "launch", "machine", "tables"]
+__all__ = ["STATISTICS", "Metric", "Trajectories", "advance", "launch", "machine", "relaunch", "tables"]
 
 Gradient = Callable[[Tensor], tuple[Tensor, Tensor]]
 STATISTICS = (
@@ -34,29 +34,49 @@ _DIVERGENCE = 1000.0
 
 
 class Metric(NamedTuple):
-    """How a new trajectory moves: chains take it up as they start one."""
+    r"""How trajectories move, diagonal plus low rank.
+
+    .. math:: M^{-1} = S \big(1 + B (\Lambda - 1) B^\top\big) S, \qquad S = \mathrm{diag}(\sqrt m)
+    """
 
     step_size: Tensor
-    """``()``."""
+    """``()``; a chain takes it up as it starts a trajectory."""
     inverse_mass: Tensor
-    """``(D,)``, the variance of each coordinate."""
+    """``(D,)``, the variances ``m``."""
+    basis: Tensor
+    """``(D, r)``, orthonormal columns."""
+    stretch: Tensor
+    """``(2, r)``: eigenvalues minus one, and their inverse square roots minus one."""
     max_depth: Tensor
     """``()``, doublings after which a trajectory ends."""
+
+    def velocity(self, momentum: Tensor) -> Tensor:
+        """``M^-1 p`` of momenta ``(..., D)``."""
+        velocity = self.inverse_mass * momentum
+        if self.basis.shape[1] == 0:
+            return velocity
+        root = self.inverse_mass.sqrt()
+        inner = ((root * momentum) @ self.basis) * self.stretch[0]
+        return velocity + root * (inner @ self.basis.mT)
+
+    def momentum(self, normal: Tensor) -> Tensor:
+        """Momenta ``(..., D)`` of covariance ``M`` from standard normal numbers."""
+        if self.basis.shape[1]:
+            normal = normal + ((normal @ self.basis) * self.stretch[1]) @ self.basis.mT
+        return normal * self.inverse_mass.rsqrt()
 
 
 class Trajectories(NamedTuple):
     """Where every chain stands in its tree; ``c`` chains of ``D`` coordinates."""
 
     ends: Tensor
-    """``(c, 2, 3, D)``: left and right end, each position, momentum, gradient."""
+    """``(c, 2, 4, D)``: left and right end, each position, momentum, gradient, velocity."""
     points: Tensor
     """``(c, 2, 2, D)``: proposals of the tree and of the subtree, each position and gradient."""
     sums: Tensor
     """``(c, 2, D)``: sum of the momenta in the tree and in the subtree."""
     checks: Tensor
-    """``(c, 2, max_depth, D)``: momenta at the checkpoints, and half-open sums up to them."""
-    inverse_mass: Tensor
-    """``(c, D)`` of the running trajectory."""
+    """``(c, 2, max_depth, D)``: velocities at the checkpoints, and half-open sums of momenta."""
     numbers: Tensor
     """``(c, 14)``: see :data:`_NUMBERS`."""
 
@@ -106,8 +126,8 @@ def launch(
 ) -> Trajectories:
     """Start trajectories at ``position (c, D)``, with ``normal (c, D)`` and ``uniform (c,)``."""
     c, d = position.shape
-    momentum = normal * metric.inverse_mass.rsqrt()
-    end = torch.stack((position, momentum, gradient), 1)
+    momentum = metric.momentum(normal)
+    end = torch.stack((position, momentum, gradient, metric.velocity(momentum)), 1)
     point = torch.stack((position, gradient), 1)
     energy = 0.5 * normal.square().sum(-1) - lp
     zero = torch.zeros_like(lp)
@@ -135,13 +155,21 @@ def launch(
         torch.stack((point, point), 1),
         torch.stack((momentum, torch.zeros_like(momentum)), 1),
         position.new_zeros(c, 2, max_depth, d),
-        metric.inverse_mass.expand(c, d).contiguous(),
         numbers,
     )
 
 
+def relaunch(
+    state: Trajectories, metric: Metric, normal: Tensor, uniform: Tensor
+) -> Trajectories:
+    """Start anew from the last draws, for a metric that has changed; for warm-up only."""
+    position, gradient = state.points[:, 0].unbind(1)
+    lp = state.numbers[:, _NUMBERS.index("lp_tree")]
+    return launch(position, lp, gradient, metric, normal, uniform, state.checks.shape[2])
+
+
 def _turning(left: Tensor, right: Tensor, span: Tensor) -> Tensor:
-    """Whether either end moves against the span, a sum of velocities over the (sub)tree."""
+    """Whether either end's velocity is against the span, a sum of momenta over the (sub)tree."""
     return torch.minimum((left * span).sum(-1), (right * span).sum(-1)) <= 0
 
 
@@ -185,23 +213,23 @@ def advance(
         energy_sub,
     ) = state.numbers.unbind(1)
     log_uniform = uniform.log()
-    mass = state.inverse_mass
     is_right = side > 0.5
 
     # ---- one leapfrog step from the end that moves
-    q, p, g = torch.where(is_right[:, None, None], state.ends[:, 1], state.ends[:, 0]).unbind(1)
+    q, p, g, _ = torch.where(is_right[:, None, None], state.ends[:, 1], state.ends[:, 0]).unbind(1)
     eps = torch.where(is_right, step_size, -step_size).unsqueeze(-1)
     half = p + 0.5 * eps * g
-    q = q + eps * mass * half
+    q = q + eps * metric.velocity(half)
     lp, g = gradient_of(q)
     p = half + 0.5 * eps * g
-    energy = 0.5 * (mass * p * p).sum(-1) - lp
+    v = metric.velocity(p)
+    energy = 0.5 * (p * v).sum(-1) - lp
     delta = torch.nan_to_num(energy_start - energy, nan=-torch.inf)
     diverging = delta < -_DIVERGENCE
     worst = torch.where(delta.abs() > worst.abs(), -delta, worst)
     sum_accept = sum_accept + delta.clamp(max=0.0).exp()
     num_steps = num_steps + 1
-    end = torch.stack((q, p, g), 1)
+    end = torch.stack((q, p, g, v), 1)
     right = is_right[:, None, None]
     left_end = torch.where(right, state.ends[:, 0], end)
     right_end = torch.where(right, end, state.ends[:, 1])
@@ -215,10 +243,10 @@ def advance(
     sub_sum = state.sums[:, 1] + p
     first, last = table[leaf.long()].unbind(-1)
     slots = torch.arange(state.checks.shape[2], device=q.device)
-    here = torch.stack((p, sub_sum - 0.5 * p), 1).unsqueeze(2)
-    span = (mass.unsqueeze(1)) * ((sub_sum - 0.5 * p).unsqueeze(1) - state.checks[:, 1])
+    here = torch.stack((v, sub_sum - 0.5 * p), 1).unsqueeze(2)
+    span = here[:, 1] - state.checks[:, 1]
     asked = (slots >= first[:, None]) & (slots <= last[:, None])
-    turned = (_turning(state.checks[:, 0], p.unsqueeze(1), span) & asked).any(-1)
+    turned = (_turning(state.checks[:, 0], v.unsqueeze(1), span) & asked).any(-1)
     store = (slots == last[:, None]) & (first > last)[:, None]
     checks = torch.where(store[:, None, :, None], here, state.checks)
 
@@ -232,8 +260,8 @@ def advance(
     point = torch.where(take[:, None, None], sub_point, state.points[:, 0])
     log_tree = torch.where(merge, torch.logaddexp(log_tree, log_sub), log_tree)
     total = torch.where(merge[:, None], state.sums[:, 0] + sub_sum, state.sums[:, 0])
-    p_left, p_right = left_end[:, 1], right_end[:, 1]
-    around = _turning(p_left, p_right, mass * (total - 0.5 * (p_left + p_right)))
+    span = total - 0.5 * (left_end[:, 1] + right_end[:, 1])
+    around = _turning(left_end[:, 3], right_end[:, 3], span)
     depth = depth + merge
     stop = bad | (merge & (around | (depth >= metric.max_depth)))
     record = torch.cat(
@@ -264,8 +292,8 @@ def advance(
     log_sub = torch.where(fresh, -torch.inf, log_sub)
     sub_sum = torch.where(fresh[:, None], 0.0, sub_sum)
     started = 0.5 * normal.square().sum(-1) - lp_tree
-    momentum = normal * metric.inverse_mass.rsqrt()
-    start = torch.stack((point[:, 0], momentum, point[:, 1]), 1)
+    momentum = metric.momentum(normal)
+    start = torch.stack((point[:, 0], momentum, point[:, 1], metric.velocity(momentum)), 1)
     again = stop[:, None, None]
     zero = torch.zeros_like(lp)
     numbers = torch.where(
@@ -317,7 +345,6 @@ def advance(
             torch.stack((point, sub_point), 1),
             torch.stack((torch.where(stop[:, None], momentum, total), sub_sum), 1),
             checks,
-            torch.where(stop[:, None], metric.inverse_mass, mass),
             numbers,
         ),
         record,
@@ -332,16 +359,17 @@ def machine(gradient_of: Gradient, table: Tensor) -> Callable[..., tuple[Tensor,
         points: Tensor,
         sums: Tensor,
         checks: Tensor,
-        inverse_mass: Tensor,
         numbers: Tensor,
         step_size: Tensor,
-        shared_mass: Tensor,
+        inverse_mass: Tensor,
+        basis: Tensor,
+        stretch: Tensor,
         max_depth: Tensor,
         normal: Tensor,
         uniform: Tensor,
     ) -> tuple[Tensor, ...]:
-        state = Trajectories(ends, points, sums, checks, inverse_mass, numbers)
-        metric = Metric(step_size, shared_mass, max_depth)
+        state = Trajectories(ends, points, sums, checks, numbers)
+        metric = Metric(step_size, inverse_mass, basis, stretch, max_depth)
         new, record = advance(gradient_of, table, state, metric, normal, uniform)
         return (*new, record)
 
