@@ -237,10 +237,11 @@ class Emitter:
         name, strides = self.name("t"), contiguous(shape)
 
         def build() -> tuple[_Group, list[Any], str]:
-            group, body = self._join(shape), []
+            group, body = self._join(shape), list[Any]()
             return group, body, generate(group.index, body)
 
-        group, body, expression = self._attempt(build)
+        found: tuple[_Group, list[Any], str] = self._attempt(build)
+        group, body, expression = found
         group.body += [*body, f"const {kind} {name} = {expression};"]
         where = linear_index(group.index, strides)
         group.body.append(_Store(buffer, f"{self._at(buffer, kind, where)} = {name};"))

@@ -167,7 +167,11 @@ class NativeMachine(Machine):
 
     def _point(self, chains: Trajectories, metric: Metric, noise: Noise) -> None:
         """Tell the block where everything lies, if that has changed."""
-        root = metric.inverse_mass.sqrt() if metric.inverse_mass is not self._held.get("mass") else self._held["root"]
+        root = (
+            metric.inverse_mass.sqrt()
+            if metric.inverse_mass is not self._held.get("mass")
+            else self._held["root"]
+        )
         held = {
             **chains._asdict(),
             "mass": metric.inverse_mass,
@@ -182,7 +186,7 @@ class NativeMachine(Machine):
             return
         block = self._block
         for name, value in held.items():
-            assert value.is_contiguous() and value.dtype in (torch.float64, torch.int64), name
+            assert value.is_contiguous(), name
             setattr(block, name, value.data_ptr())
         block.slots, block.rank = chains.checks.shape[2], metric.basis.shape[1]
         block.rows, block.steps = len(held["normal"]), len(held["uniform"])

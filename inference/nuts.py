@@ -246,13 +246,13 @@ class NUTS(TracedEngine[NutsState]):
         adaptation = _unpacked(state.adaptation)
         ticks, seen = self._ticks(state.tick), []
         for _ in range(ticks):
-            metric, ended = self._metric(adaptation), []
-            while sum(map(len, ended)) < self.num_chains:
-                missing = self.num_chains - sum(map(len, ended))
+            metric, missing, ended = self._metric(adaptation), self.num_chains, list[Tensor]()
+            while missing > 0:
                 chains, rows = work.speed.machine.run(
                     chains, metric, noise, missing, task.generator
                 )
                 ended.append(rows)
+                missing -= len(rows)
             rows = torch.cat(ended)
             adaptation = adaptation.accepted(
                 float(rows[:, _ACCEPTANCE].mean()),

@@ -31,9 +31,7 @@ def common_still(shape: tuple[int, ...], operands: Sequence[Any]) -> frozenset[i
     for value in operands:
         if isinstance(value, Value):
             gap = len(shape) - len(value.shape)
-            found -= {
-                k + gap for k, n in enumerate(value.shape) if n > 1 and k not in value.still
-            }
+            found -= {k + gap for k, n in enumerate(value.shape) if n > 1 and k not in value.still}
     return frozenset(found)
 
 
@@ -110,7 +108,9 @@ def _div(a: str, b: str, rounding_mode: str | None = None) -> str:
     if rounding_mode not in (None, "floor", "trunc"):
         raise Unsupported(f"division with rounding {rounding_mode}")
     quotient = f"({a} / {b})"
-    return {None: "{}", "floor": "vfloor({})", "trunc": "vtrunc({})"}[rounding_mode].format(quotient)
+    return {None: "{}", "floor": "vfloor({})", "trunc": "vtrunc({})"}[rounding_mode].format(
+        quotient
+    )
 
 
 _POWERS = {

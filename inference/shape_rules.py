@@ -65,7 +65,9 @@ def _still(
     base, found = where((0,) * len(shape)), set()
     for k in range(len(shape)):
         moved = where(tuple(int(j == k) for j in range(len(shape))))
-        if all(a == b or d in value.still for d, (a, b) in enumerate(zip(base, moved, strict=True))):
+        if all(
+            a == b or d in value.still for d, (a, b) in enumerate(zip(base, moved, strict=True))
+        ):
             found.add(k)
     return frozenset(found)
 
@@ -87,7 +89,7 @@ def _reshape(e: Emitter, value: Value, shape: Sequence[int]) -> Value:
     if value.linear is None:
         if value.kind == "I":
             raise Unsupported("reshaped integers")
-        value = e.realise(value.shape, value.kind, lambda index, body, v=value: v.at(index))
+        value = _written_out(e, value)
     strides, source, linear = contiguous(shape), value, value.linear
     assert linear is not None
 
@@ -103,6 +105,10 @@ def _reshape(e: Emitter, value: Value, shape: Sequence[int]) -> Value:
         place=place if source.place is not None else None,
         shared=source.shared,
     )
+
+
+def _written_out(e: Emitter, value: Value) -> Value:
+    return e.realise(value.shape, value.kind, lambda index, body: value.at(index))
 
 
 def _view(e: Emitter, meta: Any, value: Value, *_: Any, **__: Any) -> Value:
@@ -151,7 +157,13 @@ def _select(e: Emitter, meta: Any, value: Value, dim: int, index: int) -> Value:
 
 
 def _slice(
-    e: Emitter, meta: Any, value: Value, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+    e: Emitter,
+    meta: Any,
+    value: Value,
+    dim: int = 0,
+    start: Any = None,
+    end: Any = None,
+    step: int = 1,
 ) -> Value:
     dim = dim % len(value.shape)
     first = slice(start, end, step).indices(value.shape[dim])[0]
@@ -170,7 +182,11 @@ def _diagonal(
         rest = iter(index[:-1])
         last = index[-1]
         return tuple(
-            add(last, max(-offset, 0)) if k == dim1 else add(last, max(offset, 0)) if k == dim2 else next(rest)
+            add(last, max(-offset, 0))
+            if k == dim1
+            else add(last, max(offset, 0))
+            if k == dim2
+            else next(rest)
             for k in range(n)
         )
 
@@ -203,7 +219,9 @@ def _unbind(e: Emitter, meta: Any, value: Value, dim: int = 0) -> list[Value]:
 
 
 # ---------------------------------------------------------------- where an index decides
-def _inside(meta: Any, value: Value, test: Callable[[Index], tuple[list[str], Index | None]], outside: str) -> Value:
+def _inside(
+    meta: Any, value: Value, test: Callable[[Index], tuple[list[str], Index | None]], outside: str
+) -> Value:
     """``value`` at a shifted index where conditions on the index hold, a constant elsewhere."""
 
     def at(index: Index) -> str:
@@ -246,7 +264,14 @@ def _pad(e: Emitter, meta: Any, value: Value, pad: Sequence[int], number: float 
 
 
 def _slice_backward(
-    e: Emitter, meta: Any, grad: Value, sizes: Sequence[int], dim: int, start: int, end: int, step: int
+    e: Emitter,
+    meta: Any,
+    grad: Value,
+    sizes: Sequence[int],
+    dim: int,
+    start: int,
+    end: int,
+    step: int,
 ) -> Value:
     dim = dim % len(sizes)
     first = slice(start, end, step).indices(sizes[dim])[0]
@@ -329,16 +354,23 @@ def _copy_into(
     return e.loops(value.shape, lambda index: [f"{entry(where(index))} = {value.at(index)};"])
 
 
+def _shifted(dim: int, by: int) -> Callable[[Index], Index]:
+    return lambda index: (*index[:dim], add(index[dim], by), *index[dim + 1 :])
+
+
+def _inserted(dim: int, term: int) -> Callable[[Index], Index]:
+    return lambda index: (*index[:dim], term, *index[dim:])
+
+
 def _cat(e: Emitter, meta: Any, values: Sequence[Value], dim: int = 0) -> Value:
     values = [v for v in values if v.shape != (0,)]
     dim = dim % len(meta.shape)
 
     def write(entry: Callable[..., str]) -> list[Any]:
-        lines, start = [], 0
+        lines: list[Any] = []
+        start = 0
         for value in values:
-            lines += _copy_into(
-                e, entry, value, lambda i, s=start: (*i[:dim], add(i[dim], s), *i[dim + 1 :])
-            )
+            lines += _copy_into(e, entry, value, _shifted(dim, start))
             start += value.shape[dim]
         return lines
 
@@ -349,9 +381,9 @@ def _stack(e: Emitter, meta: Any, values: Sequence[Value], dim: int = 0) -> Valu
     dim = dim % len(meta.shape)
 
     def write(entry: Callable[..., str]) -> list[Any]:
-        lines = []
+        lines: list[Any] = []
         for k, value in enumerate(values):
-            lines += _copy_into(e, entry, value, lambda i, k=k: (*i[:dim], k, *i[dim:]))
+            lines += _copy_into(e, entry, value, _inserted(dim, k))
         return lines
 
     return e.written(tuple(meta.shape), values[0].kind, write)
@@ -434,9 +466,7 @@ def _index_put(
 
     def write(entry: Callable[..., str]) -> list[Any]:
         lines = _copy_into(e, entry, value, lambda i: i)
-        return lines + e.loops(
-            shape, lambda i: [f"{entry(where(i))} {sign} {read(i)};"]
-        )
+        return lines + e.loops(shape, lambda i: [f"{entry(where(i))} {sign} {read(i)};"])
 
     return e.written(value.shape, value.kind, write)
 
@@ -484,7 +514,14 @@ def _index_add(
 
 
 def _slice_scatter(
-    e: Emitter, meta: Any, value: Value, new: Value, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+    e: Emitter,
+    meta: Any,
+    value: Value,
+    new: Value,
+    dim: int = 0,
+    start: Any = None,
+    end: Any = None,
+    step: int = 1,
 ) -> Value:
     dim = dim % len(value.shape)
     first = slice(start, end, step).indices(value.shape[dim])[0]
@@ -498,13 +535,15 @@ def _slice_scatter(
     return e.written(value.shape, value.kind, write)
 
 
-def _select_scatter(e: Emitter, meta: Any, value: Value, new: Value, dim: int, index: int) -> Value:
+def _select_scatter(
+    e: Emitter, meta: Any, value: Value, new: Value, dim: int, index: int
+) -> Value:
     dim = dim % len(value.shape)
     index = index % value.shape[dim]
 
     def write(entry: Callable[..., str]) -> list[Any]:
         lines = _copy_into(e, entry, value, lambda i: i)
-        return lines + _copy_into(e, entry, new, lambda i: (*i[:dim], index, *i[dim:]))
+        return lines + _copy_into(e, entry, new, _inserted(dim, index))
 
     return e.written(value.shape, value.kind, write)
 

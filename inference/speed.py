@@ -132,9 +132,7 @@ def _native(
     return Speed(machine, found, True, f"compiled to C++: {why}", seconds)
 
 
-def _inductor(
-    density: Density, table: Tensor, num_chains: int, max_depth: int, why: str
-) -> Speed:
+def _inductor(density: Density, table: Tensor, num_chains: int, max_depth: int, why: str) -> Speed:
     gradient_of = density.batched(num_chains)
     eager = machine(gradient_of, table)
     example = _example(density, gradient_of, num_chains, max_depth)

@@ -12,7 +12,6 @@ from bayesgen.inference.emit import (
     Term,
     Unsupported,
     Value,
-    contiguous,
     linear_index,
 )
 from bayesgen.inference.pointwise_rules import number_at
@@ -66,12 +65,12 @@ def _fold(
     name = e.name("r")
     shape = [value.shape[d] for d in dims]
     body.append(f"V {name} = {start};")
-    body += e.loops(
-        shape,
-        lambda inner: [
-            f"{name} = {combine(name, element(value.at(_placed(value, dims, keep, outer, inner))))};"
-        ],
-    )
+
+    def step(inner: Index) -> list[Any]:
+        entry = element(value.at(_placed(value, dims, keep, outer, inner)))
+        return [f"{name} = {combine(name, entry)};"]
+
+    body += e.loops(shape, step)
     return name
 
 
@@ -117,28 +116,43 @@ def _sum(
     )
 
 
-def _mean(e: Emitter, meta: Any, value: Value, dims: Any = None, keepdim: bool = False, **_: Any) -> Value:
+def _mean(
+    e: Emitter, meta: Any, value: Value, dims: Any = None, keepdim: bool = False, **_: Any
+) -> Value:
     total = _sum(e, meta, value, dims, keepdim)
     count = value.size / max(1, total.size)
-    return Value(total.shape, "V", lambda index: f"({total.at(index)} / {count!r})", cost=2 + total.cost)
+    return Value(
+        total.shape, "V", lambda index: f"({total.at(index)} / {count!r})", cost=2 + total.cost
+    )
 
 
 def _extreme(name: str, start: str) -> Callable[..., Value]:
-    def rule(e: Emitter, meta: Any, value: Value, dims: Any = None, keepdim: bool = False) -> Value:
+    def rule(
+        e: Emitter, meta: Any, value: Value, dims: Any = None, keepdim: bool = False
+    ) -> Value:
         value = _as_numbers(value)
         axes = _dims(value, dims)
         return e.realise(
             _reduced(value, axes, keepdim),
             "V",
             lambda index, body: _fold(
-                e, value, axes, keepdim, index, body, f"all({start})", lambda a, b: f"{name}({a}, {b})"
+                e,
+                value,
+                axes,
+                keepdim,
+                index,
+                body,
+                f"all({start})",
+                lambda a, b: f"{name}({a}, {b})",
             ),
         )
 
     return rule
 
 
-def _prod(e: Emitter, meta: Any, value: Value, dims: Any = None, keepdim: bool = False, **_: Any) -> Value:
+def _prod(
+    e: Emitter, meta: Any, value: Value, dims: Any = None, keepdim: bool = False, **_: Any
+) -> Value:
     axes = _dims(value, dims)
     return e.realise(
         _reduced(value, axes, keepdim),
@@ -151,7 +165,9 @@ def _prod(e: Emitter, meta: Any, value: Value, dims: Any = None, keepdim: bool =
 
 def _any(e: Emitter, meta: Any, value: Value, dims: Any = None, keepdim: bool = False) -> Value:
     total = _sum(e, meta, value, dims, keepdim)
-    return Value(total.shape, "M", lambda index: f"({total.at(index)} != 0.0)", cost=total.cost + 1)
+    return Value(
+        total.shape, "M", lambda index: f"({total.at(index)} != 0.0)", cost=total.cost + 1
+    )
 
 
 # ---------------------------------------------------------------- softmax and its kin
@@ -161,7 +177,14 @@ def _logsumexp(e: Emitter, meta: Any, value: Value, dims: Any, keepdim: bool = F
 
     def generate(index: Index, body: list[Any]) -> str:
         most = _fold(
-            e, value, axes, keepdim, index, body, "all(-__builtin_inf())", lambda a, b: f"vmax({a}, {b})"
+            e,
+            value,
+            axes,
+            keepdim,
+            index,
+            body,
+            "all(-__builtin_inf())",
+            lambda a, b: f"vmax({a}, {b})",
         )
         safe = e.name("r")
         body.append(f"const V {safe} = pick(visinf({most}), zero(), {most});")
@@ -170,9 +193,7 @@ def _logsumexp(e: Emitter, meta: Any, value: Value, dims: Any, keepdim: bool = F
         )
         return f"(vlog({total}) + {safe})"
 
-    return e.realise(
-        _reduced(value, axes, keepdim), "V", generate, _rest(value, axes, keepdim)
-    )
+    return e.realise(_reduced(value, axes, keepdim), "V", generate, _rest(value, axes, keepdim))
 
 
 def _spread(value: Value, reduced: Value, dim: int, template: str, cost: int) -> Value:
@@ -200,13 +221,13 @@ def _softmax(e: Emitter, meta: Any, value: Value, dim: int, half: bool = False) 
     )
 
 
-def _log_softmax_backward(e: Emitter, meta: Any, grad: Value, out: Value, dim: int, _: Any) -> Value:
+def _log_softmax_backward(
+    e: Emitter, meta: Any, grad: Value, out: Value, dim: int, _: Any
+) -> Value:
     grad, out = e.settle(grad), e.settle(out)
     dim = dim % len(grad.shape)
     total = _sum(e, None, grad, dim, True)
-    both = Value(
-        grad.shape, "V", lambda index: f"vexp({out.at(index)})", cost=12
-    )
+    both = Value(grad.shape, "V", lambda index: f"vexp({out.at(index)})", cost=12)
     scaled = _spread(both, total, dim, "({} * {})", 13)
     return Value(
         grad.shape, "V", lambda index: f"({grad.at(index)} - {scaled.at(index)})", cost=14
@@ -297,7 +318,14 @@ Placed = tuple[str, tuple[int, ...]]
 
 
 def _by_columns(
-    e: Emitter, left: Placed, right: Placed, lead: tuple[int, ...], n: int, k: int, m: int, turned: bool = False
+    e: Emitter,
+    left: Placed,
+    right: Placed,
+    lead: tuple[int, ...],
+    n: int,
+    k: int,
+    m: int,
+    turned: bool = False,
 ) -> Value:
     """Eight outputs at a time, so that each number of the other factor is read once for them."""
     (pa, sa), (pb, sb) = left, right
@@ -306,7 +334,8 @@ def _by_columns(
         def body(index: Index) -> list[Any]:
             head, j = index[:-1], index[-1]
             a, b = _offset(pa, head, sa[:-2]), _offset(pb, (*head, j), (*sb[:-2], sb[-1]))
-            return [f"columns(&{entry((*head, j, 0))}, {a}, {k}, {sa[-1]}, {n}, {sa[-2]}, {b}, {sb[-2]});"]
+            to, row, column = entry((*head, j, 0)), sa[-1], sa[-2]
+            return [f"columns(&{to}, {a}, {k}, {row}, {n}, {column}, {b}, {sb[-2]});"]
 
         return e.loops((*lead, m), body)
 
@@ -370,7 +399,14 @@ def _dot(e: Emitter, meta: Any, left: Value, right: Value) -> Value:
 
 def _plus_product(kind: Callable[..., Value]) -> Callable[..., Value]:
     def rule(
-        e: Emitter, meta: Any, first: Value, left: Value, right: Value, *, beta: float = 1, alpha: float = 1
+        e: Emitter,
+        meta: Any,
+        first: Value,
+        left: Value,
+        right: Value,
+        *,
+        beta: float = 1,
+        alpha: float = 1,
     ) -> Value:
         product = kind(e, meta, left, right)
         read = number_at(first, product.shape)
@@ -403,7 +439,12 @@ def _solve_triangular(
     _check_size(matrix)
     if not left:  # X A = B is A' X' = B'
         turned = _solve_triangular(
-            e, None, _swapped(matrix), _swapped(right), upper=not upper, unitriangular=unitriangular
+            e,
+            None,
+            _swapped(matrix),
+            _swapped(right),
+            upper=not upper,
+            unitriangular=unitriangular,
         )
         return _swapped(turned)
     matrix, right = e.settle(matrix), e.settle(right)
@@ -416,8 +457,16 @@ def _solve_triangular(
         def body(index: Index) -> list[Any]:
             head, j = index[:-1], index[-1]
             i, k, r = e.name("i"), e.name("i"), e.name("r")
-            outer = f"for (long {i} = {n - 1}; {i} >= 0; {i}--) {{" if upper else f"for (long {i} = 0; {i} < {n}; {i}++) {{"
-            inner = f"for (long {k} = {i} + 1; {k} < {n}; {k}++)" if upper else f"for (long {k} = 0; {k} < {i}; {k}++)"
+            outer = (
+                f"for (long {i} = {n - 1}; {i} >= 0; {i}--) {{"
+                if upper
+                else f"for (long {i} = 0; {i} < {n}; {i}++) {{"
+            )
+            inner = (
+                f"for (long {k} = {i} + 1; {k} < {n}; {k}++)"
+                if upper
+                else f"for (long {k} = 0; {k} < {i}; {k}++)"
+            )
             pivot = "" if unitriangular else f" / {a_at((*head, i, i))}"
             return [
                 outer,
@@ -470,7 +519,9 @@ def _cholesky(e: Emitter, meta: Any, matrix: Value, upper: bool = False, **_: An
     return _swapped(factor) if upper else factor
 
 
-def _cholesky_ex(e: Emitter, meta: Any, matrix: Value, *, upper: bool = False, **_: Any) -> list[Value]:
+def _cholesky_ex(
+    e: Emitter, meta: Any, matrix: Value, *, upper: bool = False, **_: Any
+) -> list[Value]:
     factor = _cholesky(e, meta, matrix, upper)
     return [factor, Value(matrix.shape[:-2], "I", lambda index: "0")]
 

@@ -15,7 +15,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["STATISTICS", "Metric", "Trajectories", "advance", "launch", "machine", "relaunch", "tables"]
+__all__ = [
+    "STATISTICS",
+    "Metric",
+    "Trajectories",
+    "advance",
+    "launch",
+    "machine",
+    "relaunch",
+    "tables",
+]
 
 Gradient = Callable[[Tensor], tuple[Tensor, Tensor]]
 STATISTICS = (
@@ -159,9 +168,7 @@ def launch(
     )
 
 
-def relaunch(
-    state: Trajectories, metric: Metric, normal: Tensor, uniform: Tensor
-) -> Trajectories:
+def relaunch(state: Trajectories, metric: Metric, normal: Tensor, uniform: Tensor) -> Trajectories:
     """Start anew from the last draws, for a metric that has changed; for warm-up only."""
     position, gradient = state.points[:, 0].unbind(1)
     lp = state.numbers[:, _NUMBERS.index("lp_tree")]

@@ -104,7 +104,7 @@ def _decomposed(graph: fx.GraphModule, example: Tensor) -> fx.GraphModule:
             return graph
         from torch._decomp import get_decompositions
 
-        table = get_decompositions(list(unknown))
+        table: Any = get_decompositions(list(unknown))
         if not table:
             break
         with torch.no_grad():

@@ -77,7 +77,6 @@ def test_what_the_fit_holds(fit):
     torch.testing.assert_close(lp, stats["lp"].flatten())
     assert fit.attrs["is_traced"]
     assert fit.attrs["converged"]
-    assert fit.attrs["speed"].startswith("eager")
     data = fit.arviz
     assert data["log_likelihood"]["x"].dims == ("chain", "draw", "data")
     assert import_arviz().loo(data).n_data_points == len(X)
@@ -123,27 +122,31 @@ def test_reference_draws(name, shared_data):
 
 
 # ---------------------------------------------------------------- runs
-SMALL = {"num_chains": 2, "num_samples": 30, "num_warmup": 20}
+SMALL = {
+    "num_chains": 2,
+    "num_samples": 30,
+    "num_warmup": 20,
+}  # 3 or 4 steps of warm-up, 2 of draws
 
 
-@pytest.mark.parametrize("cut", [7, 21])
-def test_a_resumed_run_is_the_same_bit_by_bit(cut, tmp_path):
-    whole = NUTS(**SMALL).run(conjugate, X, seed=3)
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("cut", [2, 5])
+def test_a_resumed_run_is_the_same_bit_by_bit(cut, compile, tmp_path):
+    engine = NUTS(**SMALL, compile=compile)
+    whole = engine.run(conjugate, X, seed=3)
     early = pytest.raises(ValueError, match="before the first draw")
-    with early if cut < SMALL["num_warmup"] else contextlib.nullcontext():
-        NUTS(**SMALL).run(
-            conjugate, X, seed=3, resume=tmp_path, callbacks=[lambda p: p.step >= cut]
-        )
-    again = NUTS(**SMALL).run(conjugate, X, seed=3, resume=tmp_path)
+    with early if cut == 2 else contextlib.nullcontext():
+        engine.run(conjugate, X, seed=3, resume=tmp_path, callbacks=[lambda p: p.step >= cut])
+    again = engine.run(conjugate, X, seed=3, resume=tmp_path)
     assert torch.equal(whole.draws["loc"], again.draws["loc"])
     assert whole.history == again.history
     with pytest.raises(ValueError, match="belongs to another run"):
-        NUTS(**SMALL).run(conjugate, X + 1, seed=3, resume=tmp_path)
+        engine.run(conjugate, X + 1, seed=3, resume=tmp_path)
 
 
 def test_interrupted_draws_are_kept():
     def stop(progress):
-        if progress.step == 22:
+        if progress.step == 5:
             raise KeyboardInterrupt
         return None
 
