@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import warnings
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from torch.fx.experimental.proxy_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from bayesgen.inference.record import Aliased, record
 
 __all__ = ["capture", "compile_graph", "simplify"]
 
@@ -82,6 +85,8 @@ def capture(
         on
             it. Check the result: a tensor of data that is written into later is not followed.
     """
+    with torch.no_grad(), contextlib.suppress(Aliased):
+        return record(function, *example)
     if data_apart:
         inner = function
 

@@ -27,7 +27,7 @@ Gradient = Callable[[Tensor], tuple[Tensor, Tensor]]
 # Seconds on one core of a 2024 server: an eager operation, one of its elements, a multiplication
 # in a matrix product; generated C++ to compile, at all and for each statement; and Inductor, at
 # all and for each operation.
-_OPERATION, _ELEMENT, _PRODUCT = 2.5e-6, 0.5e-9, 0.3e-9
+_OPERATION, _ELEMENT, _PRODUCT = 4e-6, 0.5e-9, 0.3e-9
 _NATIVE, _NATIVE_STATEMENT = 0.25, 1e-3
 _COMPILE, _COMPILE_OPERATION = 8.0, 0.02
 _MACHINE_OPERATIONS = 130

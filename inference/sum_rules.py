@@ -526,6 +526,32 @@ def _cholesky_ex(
     return [factor, Value(matrix.shape[:-2], "I", lambda index: "0")]
 
 
+def _identity(lead: tuple[int, ...], n: int) -> Value:
+    def at(index: Index) -> str:
+        i, j = index[-2:]
+        if isinstance(i, int) and isinstance(j, int):
+            return f"all({float(i == j)!r})"
+        return f"all(({i}) == ({j}) ? 1.0 : 0.0)"
+
+    return Value((*lead, n, n), "V", at)
+
+
+def _cholesky_inverse(e: Emitter, meta: Any, factor: Value, upper: bool = False) -> Value:
+    """``(L L')^-1``, from the columns of ``L^-1``."""
+    lower = _swapped(factor) if upper else factor
+    one = _identity(factor.shape[:-2], factor.shape[-1])
+    inverse = _solve_triangular(e, None, lower, one, upper=False)
+    return _product(e, _swapped(inverse), inverse)
+
+
+def _cholesky_solve(
+    e: Emitter, meta: Any, right: Value, factor: Value, upper: bool = False
+) -> Value:
+    lower = _swapped(factor) if upper else factor
+    half = _solve_triangular(e, None, lower, right, upper=False)
+    return _solve_triangular(e, None, _swapped(lower), half, upper=True)
+
+
 SUMS: dict[str, Callable[..., Any]] = {
     "sum": _sum,
     "mean": _mean,
@@ -551,6 +577,8 @@ SUMS: dict[str, Callable[..., Any]] = {
     "linalg_solve_triangular": _solve_triangular,
     "linalg_cholesky_ex": _cholesky_ex,
     "cholesky": _cholesky,
+    "cholesky_inverse": _cholesky_inverse,
+    "cholesky_solve": _cholesky_solve,
     "linalg_cholesky": _cholesky,
 }
 """Rule of each operator by its name in ATen, overloads alike."""

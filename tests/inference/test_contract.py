@@ -37,7 +37,7 @@ def binary():
 DATA = as_dataset(blobs())
 HOLES = as_dataset(holes(blobs()))
 GIBBS = {"num_chains": 2, "num_samples": 30, "num_warmup": 10}
-NUTS_SETTINGS = {"num_chains": 1, "num_samples": 20, "num_warmup": 8}
+NUTS_SETTINGS = {"num_chains": 1, "num_samples": 60, "num_warmup": 8}  # steps: 2 and 3
 
 
 def make(name, engine, model=None, data=DATA, **settings):
@@ -54,7 +54,7 @@ CASES = [
     make("gibbs", lambda: Gibbs(**GIBBS), resume_after=15),
     make("gibbs-cut-in-warmup", lambda: Gibbs(**GIBBS), resume_after=3),
     make("gibbs-holes", lambda: Gibbs(**GIBBS), data=HOLES),
-    make("nuts", lambda: NUTS(**NUTS_SETTINGS), GaussianMixture(1), resume_after=5),
+    make("nuts", lambda: NUTS(**NUTS_SETTINGS), GaussianMixture(1), resume_after=3),
     make("gibbs-bernoulli", lambda: Gibbs(**GIBBS), Mixture(Bernoulli(), 3), binary()),
 ]
 PAIRS = [(case, check) for case in CASES for check in engine_checks(case)]

@@ -158,7 +158,7 @@ def test_interrupted_draws_are_kept():
 def test_pyros_own_python_draws_the_same():
     """The fall-back follows the same trajectories, and is said aloud."""
     slow = NUTS(**SMALL, trace=False).run(conjugate, X, seed=3)
-    fast = NUTS(**SMALL).run(conjugate, X, seed=3)
+    fast = NUTS(**SMALL, compile=False).run(conjugate, X, seed=3)
     torch.testing.assert_close(slow.draws["loc"][:, :5], fast.draws["loc"][:, :5])
     assert not slow.attrs["is_traced"]
 
