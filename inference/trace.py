@@ -24,8 +24,8 @@ from torch.overrides import TorchFunctionMode
 from bayesgen.inference.complaints import ProgramError, bijection, user_line
 from bayesgen.inference.graph import capture, simplify
 from bayesgen.inference.marginal import pointwise
-from bayesgen.inference.recover import recover
 from bayesgen.inference.record import RandomNumbers
+from bayesgen.inference.recover import recover
 from bayesgen.inference.sites import Flat, Given, Layout, discover, enumerated, quietly
 
 __all__ = ["Density", "trace"]
