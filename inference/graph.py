@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bayesgen.inference.record import Aliased, record
+from bayesgen.inference.record import Aliased, RandomNumbers, record
 
 __all__ = ["capture", "compile_graph", "simplify"]
 
@@ -85,7 +85,7 @@ def capture(
         on
             it. Check the result: a tensor of data that is written into later is not followed.
     """
-    with torch.no_grad(), contextlib.suppress(Aliased):
+    with torch.no_grad(), contextlib.suppress(Aliased, RandomNumbers):
         return record(function, *example)
     if data_apart:
         inner = function

@@ -24,7 +24,6 @@ from torch.overrides import TorchFunctionMode
 from bayesgen.inference.complaints import ProgramError, bijection, user_line
 from bayesgen.inference.graph import capture, simplify
 from bayesgen.inference.marginal import pointwise
-from bayesgen.inference.record import RandomNumbers
 from bayesgen.inference.recover import recover
 from bayesgen.inference.sites import Flat, Given, Layout, discover, enumerated, quietly
 
@@ -229,8 +228,6 @@ def trace(
     for data_apart in (False, True):
         try:
             single = _single(layout, density._points(1)[0], data_apart)
-        except RandomNumbers:
-            return Density(layout, None, _RANDOM)
         except Exception as error:
             message = message or _why(error)
             continue
