@@ -475,7 +475,12 @@ class Fit:
     @staticmethod
     def load(path: str | PathLike[str], model: type[Model] | None = None) -> Fit:
         """Load a saved fit; see :func:`load`."""
-        return load(path, model)
+        fit = load(path, model)
+        if not isinstance(fit, Fit):
+            raise ValueError(
+                f"{path} holds a {type(fit).__name__}, not a single fit: use bayesgen.load."
+            )
+        return fit
 
     def to(self, device: torch.device | str) -> Fit:
         """The same fit with every tensor on ``device``."""
@@ -503,8 +508,8 @@ def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().contiguous() for name, value in tensors.items()}
 
 
-def load(path: str | PathLike[str], model: type[Model] | None = None) -> Fit:
-    """Load a fit that :meth:`Fit.save` wrote; its scores are equal bit by bit.
+def load(path: str | PathLike[str], model: type[Model] | None = None) -> Fit | Any:
+    """Load what :meth:`Fit.save` wrote, or a saved classifier; its scores are equal bit by bit.
 
     No code comes from the file. The model's class is found by its recorded name among the entry
     points of the group ``bayesgen.models`` that installed packages declare. The fit refits with
@@ -514,10 +519,14 @@ def load(path: str | PathLike[str], model: type[Model] | None = None) -> Fit:
         path: The folder.
         model: The model's class, for models that no package declares.
 
+    Returns:
+        A :class:`Fit`; or what else was saved, such as a
+        :class:`~bayesgen.models.classifier.ClassifierFit`.
+
     Raises:
         FileNotFoundError: There is no finished save in the folder.
         ValueError: It is damaged, foreign, of a newer version, or of an unknown model.
     """
-    from bayesgen.saving import read_fit
+    from bayesgen.saving import read
 
-    return read_fit(path, model)
+    return read(path, model)

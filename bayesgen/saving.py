@@ -4,12 +4,14 @@ Draws, posterior, statistics, the model's tensors, small training data and the c
 one safetensors file; everything else is JSON beside it. See :mod:`bayesgen.storage` for the
 folder itself. The class of the model is found by its recorded name among the entry points of the
 group ``bayesgen.models``, which installed packages declare, or is handed in; a file never names
-an import.
+an import. What is made of several fits (:class:`Assembled`, declared in the group
+``bayesgen.results``) lies in one folder too, so that it is replaced as a whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
     from bayesgen.fit import Fit
 
-__all__ = ["MAX_DATA_BYTES", "read_fit", "write_fit"]
+__all__ = ["MAX_DATA_BYTES", "Assembled", "read", "write_assembled", "write_fit"]
 
 MAX_DATA_BYTES = 64 * 2**20
 """Training data in memory up to this size are saved with the fit."""
@@ -34,8 +36,44 @@ MAX_DATA_BYTES = 64 * 2**20
 _VERSION = 1
 
 
+class Assembled(ABC):
+    """A result made of several fits, such as a classifier's: saved and loaded as one."""
+
+    @property
+    @abstractmethod
+    def parts(self) -> Sequence[Fit]:
+        """The fits, in order."""
+
+    @abstractmethod
+    def to_config(self) -> dict[str, Any]:
+        """What joins them: nested dicts of JSON values and tensors."""
+
+    @classmethod
+    @abstractmethod
+    def assemble(cls, parts: Sequence[Fit], config: Mapping[str, Any]) -> Assembled:
+        """The inverse of :attr:`parts` and :meth:`to_config`."""
+
+
 def write_fit(fit: Fit, path: str | PathLike[str], *, include_data: bool | None = None) -> None:
     """Save a fit; see :meth:`bayesgen.fit.Fit.save`."""
+    tensors, config = flatten(_nested(fit, include_data))
+    write_folder(path, tensors=tensors, config=config)
+
+
+def write_assembled(result: Assembled, path: str | PathLike[str]) -> None:
+    """Save several fits and what joins them into one folder, atomically."""
+    nested = {
+        "version": _VERSION,
+        "result_class": type(result).__name__,
+        "result": result.to_config(),
+        "parts": [_nested(fit, None) for fit in result.parts],
+    }
+    tensors, config = flatten(nested)
+    write_folder(path, tensors=tensors, config=config)
+
+
+def _nested(fit: Fit, include_data: bool | None) -> dict[str, Any]:
+    """Everything that a file holds of a fit."""
     data = fit.data.tensor() if fit.data is not None and fit.data.in_memory else None
     if include_data is None:
         small = data is not None and data.numel() * data.element_size() <= MAX_DATA_BYTES
@@ -45,7 +83,7 @@ def write_fit(fit: Fit, path: str | PathLike[str], *, include_data: bool | None 
             "include_data=True, but this fit does not hold its training data in memory; leave it "
             "out, and pass data to the verbs that need it."
         )
-    nested = {
+    return {
         "version": _VERSION,
         "model_class": type(fit.model).__name__,
         "model": fit.model.to_config(),
@@ -59,17 +97,12 @@ def write_fit(fit: Fit, path: str | PathLike[str], *, include_data: bool | None 
         "data": data if include_data else None,
         "calibration": None if fit.calibration is None else fit.calibration.to_config(),
     }
-    tensors, config = flatten(nested)
-    write_folder(path, tensors=tensors, config=config)
 
 
-def read_fit(path: str | PathLike[str], model: type[Model] | None = None) -> Fit:
-    """Load a fit; see :func:`bayesgen.fit.load`."""
-    from bayesgen.fit import Fit
-    from bayesgen.outliers import Calibration
-
+def read(path: str | PathLike[str], model: type[Model] | None = None) -> Fit | Any:
+    """Load a fit, or what is made of several; see :func:`bayesgen.fit.load`."""
     tensors, config, _ = read_folder(path)
-    if not isinstance(config, dict) or "model_class" not in config:
+    if not isinstance(config, dict) or not config.keys() & {"model_class", "result_class"}:
         raise ValueError(f"{path} holds no fit; it was saved by something else of bayesgen.")
     if config["version"] > _VERSION:
         raise ValueError(
@@ -78,6 +111,17 @@ def read_fit(path: str | PathLike[str], model: type[Model] | None = None) -> Fit
         )
     # A fresh copy of each tensor is aligned in memory as any other: sums come out bit by bit.
     saved = unflatten({name: value.clone() for name, value in tensors.items()}, config)
+    if "result_class" not in saved:
+        return _restored(saved, model)
+    parts = [_restored(part, model) for part in saved["parts"]]
+    return _result_class(saved["result_class"]).assemble(parts, saved["result"])
+
+
+def _restored(saved: Mapping[str, Any], model: type[Model] | None) -> Fit:
+    """The inverse of :func:`_nested`."""
+    from bayesgen.fit import Fit
+    from bayesgen.outliers import Calibration
+
     model_class = _model_class(saved["model_class"], model)
     bound = model_class.from_config(saved["model"])
     calibration = saved["calibration"]
@@ -128,6 +172,21 @@ def _model_class(name: str, given: type[Model] | None) -> type[Model]:
     loaded = found[0].load()
     if not (isinstance(loaded, type) and issubclass(loaded, Model)):
         raise ValueError(f"the entry point {name} of 'bayesgen.models' is no Model: {loaded!r}.")
+    return loaded
+
+
+def _result_class(name: str) -> type[Assembled]:
+    found = list(entry_points(group="bayesgen.results", name=name))
+    if not found:
+        raise ValueError(
+            f"this is a save of class {name}, which no installed package declares in its entry "
+            "points 'bayesgen.results': install the package that wrote it."
+        )
+    loaded = found[0].load()
+    if not (isinstance(loaded, type) and issubclass(loaded, Assembled)):
+        raise ValueError(
+            f"the entry point {name} of 'bayesgen.results' is no Assembled: {loaded!r}."
+        )
     return loaded
 
 

@@ -94,7 +94,7 @@ def fit(parts: dict[str, np.ndarray[Any, Any]], setting: Setting) -> Result:
         EM(num_starts=1, tolerance=1e-5, max_steps=300, **common)
         if setting.engine == "em"
         # Few sweeps, for prediction alone: too few to judge convergence by.
-        else Gibbs(num_chains=1, num_warmup=100, num_samples=100, num_moves=0, **common)
+        else Gibbs(num_chains=1, num_warmup=100, num_samples=200, num_moves=0, **common)
     )
     model = Mixture(Bernoulli(), setting.num_components, priors=priors)
     found = engine.run(model, parts["train"], seed=0)

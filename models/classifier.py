@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -14,12 +13,13 @@ from torch import Tensor
 from bayesgen.data import as_dataset
 from bayesgen.fit import Fit, load
 from bayesgen.rng import make_generator, spawn
-from bayesgen.storage import read_folder, write_folder
+from bayesgen.saving import Assembled, write_assembled
 
 if TYPE_CHECKING:
     import os
 
     from bayesgen.capabilities import Model
+    from bayesgen.schema import Schema
 
 __all__ = ["ClassifierFit", "MixtureClassifier"]
 
@@ -27,7 +27,7 @@ __all__ = ["ClassifierFit", "MixtureClassifier"]
 class _Runs(Protocol):
     """Any engine."""
 
-    def run(self, model: Any, data: object, *, seed: int = 0) -> Fit: ...
+    def run(self, model: Any, data: object, *, seed: int, callbacks: Sequence[Any]) -> Fit: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +48,8 @@ class MixtureClassifier:
 
     Args:
         model: The model of one class, such as ``GaussianMixture(3)``.
-        concentration: Dirichlet pseudo-count :math:`\alpha \ge 0` of each class in the prior of
-            the classes; 0 takes their shares of the training rows.
+        concentration: Dirichlet pseudo-count of each class in the prior of the classes; 0 takes
+            their shares of the training rows.
 
     Example:
         >>> from bayesgen import datasets
@@ -71,7 +71,14 @@ class MixtureClassifier:
             )
 
     def run(
-        self, engine: _Runs, x: object, y: Sequence[Any] | Tensor, *, seed: int = 0
+        self,
+        engine: _Runs,
+        x: object,
+        y: Sequence[Any] | Tensor,
+        *,
+        seed: int = 0,
+        target: str = "",
+        callbacks: Sequence[Any] = (),
     ) -> ClassifierFit:
         """Fit the model of each class by ``engine``.
 
@@ -80,6 +87,8 @@ class MixtureClassifier:
             x: Rows, as :func:`bayesgen.data.as_dataset` takes them.
             y: One label a row: strings, numbers or booleans, none missing.
             seed: Seed; each class gets its own child of it.
+            target: What the classes are called, for summaries.
+            callbacks: As for the engine's ``run``; they see the steps of one class after another.
 
         Raises:
             ValueError: Labels that do not go with the rows, or a single class.
@@ -91,12 +100,12 @@ class MixtureClassifier:
             raise ValueError(f"y holds the single class {classes[0]!r}; at least two are needed.")
         where = {label: [i for i, own in enumerate(labels) if own == label] for label in classes}
         fits = tuple(
-            engine.run(self.model, data.subset(where[label]), seed=child)
+            engine.run(self.model, data.subset(where[label]), seed=child, callbacks=callbacks)
             for label, child in zip(classes, spawn(seed, len(classes)), strict=True)
         )
         counts = torch.tensor([float(len(where[label])) for label in classes], dtype=torch.float64)
         shares = (counts + self.concentration) / (counts + self.concentration).sum()
-        return ClassifierFit(tuple(classes), fits, shares)
+        return ClassifierFit(tuple(classes), fits, shares, target)
 
 
 def _labels(y: Sequence[Any] | Tensor, num_rows: int) -> list[Any]:
@@ -113,23 +122,30 @@ def _labels(y: Sequence[Any] | Tensor, num_rows: int) -> list[Any]:
     return labels
 
 
-@dataclass(frozen=True, eq=False)
-class ClassifierFit:
+@dataclass(frozen=True, eq=False, repr=False)
+class ClassifierFit(Assembled):
     """A fitted classifier.
 
     Args:
         classes: Labels, in order.
         fits: The fit of each class.
         shares: ``(C,)`` prior probabilities of the classes.
+        target: What the classes are called, or empty.
     """
 
     classes: tuple[Any, ...]
     fits: tuple[Fit, ...]
     shares: Tensor
+    target: str = ""
+
+    @property
+    def schema(self) -> Schema:
+        """Names, kinds and levels of the columns."""
+        return self.fits[0].schema
 
     def log_prob_given_class(self, x: object) -> Tensor:
         """``log p(x | y)`` in nats, ``(n, C)``."""
-        data = as_dataset(x, schema=self.fits[0].schema)
+        data = as_dataset(x, schema=self.schema)
         return torch.stack([fit.log_prob(data) for fit in self.fits], dim=-1)
 
     def _log_joint(self, x: object) -> Tensor:
@@ -169,22 +185,45 @@ class ClassifierFit:
                 rows[own] = self.fits[k].sample(int(own.sum()), seed=child).double()
         return rows, [self.classes[i] for i in index.tolist()]
 
+    # ------------------------------------------------------------ saved
+    @property
+    def parts(self) -> tuple[Fit, ...]:
+        """The fit of each class."""
+        return self.fits
+
+    def to_config(self) -> dict[str, Any]:
+        return {"classes": list(self.classes), "shares": self.shares, "target": self.target}
+
+    @classmethod
+    def assemble(cls, parts: Sequence[Fit], config: Mapping[str, Any]) -> ClassifierFit:
+        """The inverse of :attr:`parts` and :meth:`to_config`."""
+        return cls(tuple(config["classes"]), tuple(parts), config["shares"], config["target"])
+
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a folder: one saved fit for each class, and what joins them."""
-        folder = Path(path)
-        for index, fit in enumerate(self.fits):
-            fit.save(folder / f"class-{index}")
-        write_folder(
-            folder / "classes",
-            tensors={"shares": self.shares},
-            config={"classes": list(self.classes)},
-        )
+        """Write one folder, atomically; :func:`bayesgen.load` gives it back bit by bit."""
+        write_assembled(self, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ClassifierFit:
-        """Read what :meth:`save` wrote."""
-        folder = Path(path)
-        tensors, config, _ = read_folder(folder / "classes")
-        classes: Mapping[str, Any] = config
-        fits = tuple(load(folder / f"class-{i}") for i in range(len(classes["classes"])))
-        return cls(tuple(classes["classes"]), fits, tensors["shares"])
+        """Read what :meth:`save` wrote; :func:`bayesgen.load` does too."""
+        found = load(path)
+        if not isinstance(found, cls):
+            raise ValueError(
+                f"{path} holds a {type(found).__name__}, not a classifier: use bayesgen.load."
+            )
+        return found
+
+    # ------------------------------------------------------------ words
+    def summary(self) -> str:
+        """Classes with their shares, and the verdict on the fit of each."""
+        lines = [f"Classifier of {self.target or 'the class'}: {len(self.classes)} classes"]
+        for label, fit, share in zip(self.classes, self.fits, self.shares.tolist(), strict=True):
+            lines += ["", f"class {label!r}, probability {share:.3g}: {fit!r}"]
+            lines += [f"  {line}" for line in f"verdict: {fit.verdict()}".splitlines()]
+            lines += [f"  note: {message}" for message in fit.attrs.get("messages", [])]
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        names = ", ".join(str(label) for label in self.classes[:6])
+        more = ", ..." if len(self.classes) > 6 else ""
+        return f"ClassifierFit({len(self.classes)} classes: {names}{more})"

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bayesgen import datasets
+from bayesgen.app.guard import Misuse
 from bayesgen.app.output import check_out, rows_frame, write_frame
 from bayesgen.app.progress import say
 from bayesgen.data import Dataset, as_dataset
 from bayesgen.fit import Fit, load
+from bayesgen.models.classifier import ClassifierFit
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -83,8 +85,8 @@ def _from_stdin(options: Mapping[str, Any]) -> Dataset:
         return as_dataset(path, **options, in_memory=True)
 
 
-def load_run(run: str) -> Fit:
-    """A saved fit.
+def load_run(run: str) -> Fit | ClassifierFit:
+    """A saved fit or classifier.
 
     Raises:
         FileNotFoundError: There is none in the folder.
@@ -93,15 +95,28 @@ def load_run(run: str) -> Fit:
         raise FileNotFoundError(
             f"there is no run {run!r}: give the folder of `bayesgen fit --out`."
         )
-    return load(run)
+    found: Fit | ClassifierFit = load(run)
+    return found
+
+
+def _single(run: str, verb: str) -> Fit:
+    """A saved fit, where a classifier cannot serve."""
+    found = load_run(run)
+    if isinstance(found, ClassifierFit):
+        raise ValueError(
+            f"{run} holds a classifier, which `bayesgen {verb}` does not understand: from Python, "
+            f"each class has its own fit in bayesgen.load({run!r}).fits. A classifier can "
+            "summary, score, predict and sample."
+        )
+    return found
 
 
 def _each(
-    fit: Fit, data: str, compute: Callable[[Fit, torch.Tensor], torch.Tensor]
+    fit: Fit | ClassifierFit, data: str, compute: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
     """``compute`` over blocks of rows: large files never stand in memory whole."""
     rows = read_data(data, schema=fit.schema)
-    return torch.cat([compute(fit, block) for block in rows.batches(_BLOCK)])
+    return torch.cat([compute(block) for block in rows.batches(_BLOCK)])
 
 
 # ------------------------------------------------------------------ out
@@ -109,7 +124,13 @@ def summary(run: str, *, out: str | None = None, force: bool = False) -> None:
     """Print what was fitted and whether to trust it; the whole table into ``out``."""
     if out is not None:
         check_out(out, force=force)
-    told = load_run(run).summary()
+    fit = load_run(run)
+    if isinstance(fit, ClassifierFit):
+        if out is not None:
+            raise Misuse(f"{run} holds a classifier, which has no single table; leave out --out.")
+        print(fit.summary())
+        return
+    told = fit.summary()
     if out is None:
         print(told)
         return
@@ -132,17 +153,24 @@ def score(run: str, data: str, *, out: str = "-", force: bool = False) -> None:
     import pandas as pd
 
     check_out(out, force=force)
-    values = _each(load_run(run), data, lambda fit, rows: fit.log_prob(rows))
+    fit = load_run(run)
+    values = _each(fit, data, fit.log_prob)
     write_frame(pd.DataFrame({"log_prob": values.cpu().numpy()}), out)
 
 
 def predict(run: str, data: str, *, out: str = "-", force: bool = False) -> None:
-    """The cluster of each row and its probability."""
+    """The cluster or class of each row and its probability."""
     import pandas as pd
 
     check_out(out, force=force)
     fit = load_run(run)
-    belief = _each(fit, data, lambda fit, rows: fit.encode(rows))
+    if isinstance(fit, ClassifierFit):
+        belief = _each(fit, data, fit.predict_proba)
+        best = belief.cpu().max(-1)
+        named = [fit.classes[i] for i in best.indices.tolist()]
+        write_frame(pd.DataFrame({"label": named, "probability": best.values.numpy()}), out)
+        return
+    belief = _each(fit, data, fit.encode)
     if belief.ndim != 2:
         raise ValueError(f"{type(fit.model).__name__} has no clusters to predict.")
     sure, label = (value.cpu().numpy() for value in belief.max(-1))
@@ -152,9 +180,17 @@ def predict(run: str, data: str, *, out: str = "-", force: bool = False) -> None
 def sample(
     run: str, num_samples: int, *, seed: int = 0, out: str = "-", force: bool = False
 ) -> None:
-    """New rows from the posterior predictive."""
+    """New rows from the posterior predictive, those of a classifier with their classes."""
     check_out(out, force=force)
     fit = load_run(run)
+    if isinstance(fit, ClassifierFit):
+        if out.endswith(".npy"):
+            raise Misuse(f"--out {out}: classes are names, which .npy cannot hold; take .csv.")
+        drawn, classes = fit.sample(num_samples, seed=seed)
+        frame = rows_frame(drawn, fit.schema)
+        frame[fit.target or "class"] = classes
+        write_frame(frame, out)
+        return
     rows = fit.sample(num_samples, seed=seed)
     write_frame(rows_frame(rows, fit.schema), out, array=rows.cpu().numpy())
 
@@ -172,9 +208,9 @@ def impute(
     import pandas as pd
 
     check_out(out, force=force)
-    fit = load_run(run)
+    fit = _single(run, "impute")
     if num_samples is None:
-        filled = _each(fit, data, lambda fit, rows: fit.impute_mean(rows))
+        filled = _each(fit, data, fit.impute_mean)
         write_frame(rows_frame(filled, fit.schema), out, array=filled.cpu().numpy())
         return
     copies = fit.impute(read_data(data, schema=fit.schema), num_samples=num_samples, seed=seed)
@@ -201,7 +237,7 @@ def outliers(
 ) -> None:
     """Which rows do not belong, the false discovery rate controlled."""
     check_out(out, force=force)
-    fit = load_run(run)
+    fit = _single(run, "outliers")
     rows = read_data(data, schema=fit.schema)
     verdict = _judge(fit, rows, fdr, calibration, folds, seed, quiet)
     frame = verdict.to_frame()

@@ -113,6 +113,9 @@ def doctor() -> int:
     metavar="COLUMN=KIND",
     help="real, count, binary or category instead of the learnt kind; KIND alone is for all.",
 )
+@click.option(
+    "--target", metavar="COLUMN", help="The classes, for MixtureClassifier; 'target' if bundled."
+)
 @click.option("--resume", is_flag=True, help="Go on with an unfinished run.")
 @click.option(
     "--calibrate/--no-calibrate",
@@ -125,7 +128,11 @@ def fit(columns: str | None, kinds: tuple[str, ...], **asked: Any) -> int:
 
     Ctrl-C keeps the fit so far; --resume then goes on from there, exactly as if it had never
     stopped. `bayesgen models` lists what --set and --engine-set take.
-    """
+
+    \b
+      bayesgen fit MixtureClassifier flowers.csv --target species \\
+          --set 'model=GaussianMixture(3)' --out runs/species
+    """  # noqa: D301
     from bayesgen.app import fitting
 
     names = None if columns is None else [name.strip() for name in columns.split(",")]
@@ -181,12 +188,12 @@ def score(run: str, data: str, out: str, force: bool) -> None:
     actions.score(run, data, out=out, force=force)
 
 
-@cli.command(short_help="Label each row with its cluster.")
+@cli.command(short_help="Label each row with its cluster or class.")
 @_run
 @_data
 @_options(_out, _force)
 def predict(run: str, data: str, out: str, force: bool) -> None:
-    """The cluster of each row of DATA, and its probability."""
+    """The cluster of each row of DATA, or its class by a classifier, and its probability."""
     from bayesgen.app import actions
 
     actions.predict(run, data, out=out, force=force)
@@ -222,7 +229,7 @@ def outliers(run: str, data: str, **asked: Any) -> None:
 @click.option("-n", "num_samples", type=click.IntRange(min=1), default=100, show_default=True)
 @_options(_seed, _out, _force)
 def sample(run: str, num_samples: int, seed: int, out: str, force: bool) -> None:
-    """N new rows, drawn from the fit."""
+    """N new rows, drawn from the fit; a classifier's come with their classes."""
     from bayesgen.app import actions
 
     actions.sample(run, num_samples, seed=seed, out=out, force=force)

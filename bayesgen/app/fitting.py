@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bayesgen.app.actions import read_data
+from bayesgen.app.classifying import fit_classifier
 from bayesgen.app.guard import Misuse, interrupts
 from bayesgen.app.progress import progress, say
-from bayesgen.app.registry import ENGINES, MODELS, build, find
+from bayesgen.app.registry import ENGINES, MODELS, build
 from bayesgen.capabilities import Model
-from bayesgen.fit import Fit, load
+from bayesgen.fit import Fit
+from bayesgen.models.classifier import MixtureClassifier
 from bayesgen.storage import flatten
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ class Job:
     seed: int = 0
     columns: Sequence[str] | None = None
     kinds: Mapping[str, Kind] | Kind | None = None
+    target: str | None = None
     resume: bool = False
     force: bool = False
     calibrate: bool = False
@@ -68,11 +71,12 @@ def run(job: Job) -> int:
         ValueError: Settings or data that are not allowed, or an output that exists.
     """
     _check_folder(job)
-    maker = find(MODELS, job.model)
-    if isinstance(maker, type) and not issubclass(maker, Model):
-        raise Misuse(f"{job.model} is made of several fits: use it from Python, by its run().")
-    model: Model = build(MODELS, job.model, job.model_settings)
+    model: Model | MixtureClassifier = build(MODELS, job.model, job.model_settings)
     engine = _engine(job)
+    if isinstance(model, MixtureClassifier):
+        return fit_classifier(job, model, engine)
+    if job.target is not None:
+        raise Misuse(f"--target names the classes of MixtureClassifier; {job.model} has none.")
     data = read_data(job.data, columns=job.columns, kinds=job.kinds)
     if _is_complete(job, model, engine, data):
         say(f"{job.out} is complete already; nothing to resume.", quiet=job.quiet)
@@ -118,7 +122,7 @@ def _is_complete(job: Job, model: Model, engine: Engine[Any], data: Dataset) -> 
     """Whether ``--resume`` finds the very fit that was asked for, finished."""
     if not job.resume or job.checkpoint.exists() or not (job.folder / "manifest.json").exists():
         return False
-    fit = load(job.folder)
+    fit = Fit.load(job.folder)
     asked = {
         "engine": type(engine).__name__,
         "settings": engine.settings(),

@@ -6,6 +6,7 @@ import ast
 import types
 import typing
 from collections.abc import Mapping
+from importlib.metadata import entry_points
 from typing import Any
 
 from bayesgen.app.guard import Misuse
@@ -138,10 +139,10 @@ def _value(what: str, node: ast.expr) -> Any:
 def _made(what: str, node: ast.Call, name: str) -> Any:
     import torch
 
-    maker = _named(what, name)
+    maker: Any = _named(what, name)
     positional = [_value(what, argument) for argument in node.args]
     keyword = {k.arg: _value(what, k.value) for k in node.keywords if k.arg is not None}
-    if issubclass(maker, torch.distributions.Distribution):
+    if isinstance(maker, type) and issubclass(maker, torch.distributions.Distribution):
         positional = [_tensor(value) for value in positional]
         keyword = {key: _tensor(value) for key, value in keyword.items()}
     else:
@@ -165,8 +166,8 @@ def _tensor(value: Any) -> Any:
     return torch.tensor(value, dtype=torch.float64) if _is_numbers([value]) else value
 
 
-def _named(what: str, name: str) -> type:
-    """A family, a prior description or a distribution by its name."""
+def _named(what: str, name: str) -> Any:
+    """A family, a model, a prior description or a distribution by its name."""
     import pyro.distributions
     import torch
 
@@ -175,6 +176,9 @@ def _named(what: str, name: str) -> type:
 
     if name in FAMILIES:
         return family_class(name)
+    models = {point.name: point for point in entry_points(group="bayesgen.models")}
+    if name in models:
+        return models[name].load()
     described = [n for n in priors.__all__ if isinstance(getattr(priors, n), type)]
     if name in described:
         found: type = getattr(priors, name)
@@ -184,6 +188,7 @@ def _named(what: str, name: str) -> type:
         if isinstance(candidate, type) and issubclass(candidate, torch.distributions.Distribution):
             return candidate
     raise Misuse(
-        f"{what}: there is no {name!r}; families are {', '.join(sorted(FAMILIES))}; priors "
-        f"{', '.join(described)}, or a distribution of Pyro such as Dirichlet([1, 1])."
+        f"{what}: there is no {name!r}; models are {', '.join(sorted(models))}; families "
+        f"{', '.join(sorted(FAMILIES))}; priors {', '.join(described)}, or a distribution of Pyro "
+        "such as Dirichlet([1, 1])."
     )

@@ -153,6 +153,6 @@ def test_an_empty_folder_is_welcome(tmp_path: Path):
     assert fitting.run(job(tmp_path / "run")) == 0
 
 
-def test_models_that_engines_do_not_run_are_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match="from Python"):
-        fitting.run(job(tmp_path / "run", model="MixtureClassifier", model_settings=()))
+def test_a_target_is_for_the_classifier(tmp_path: Path):
+    with pytest.raises(ValueError, match="GaussianMixture has none"):
+        fitting.run(job(tmp_path / "run", target="species"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from pathlib import Path
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from bayesgen import datasets
+import bayesgen
+from bayesgen import datasets, storage
 from bayesgen.data import Dataset
+from bayesgen.fit import Fit
 from bayesgen.inference import EM, VB
 from bayesgen.models import GaussianMixture, MixtureClassifier
 from bayesgen.models.classifier import ClassifierFit
@@ -112,3 +115,43 @@ def test_label_of_no_class_is_refused(fitted: ClassifierFit) -> None:
         fitted.sample(1, label=7)
     with pytest.raises(ValueError, match="concentration=-1"):
         MixtureClassifier(GaussianMixture(1), concentration=-1)
+
+
+def test_load_knows_a_classifier_and_a_fit_apart(tmp_path: Path, fitted: ClassifierFit) -> None:
+    fitted.save(tmp_path / "classifier")
+    fitted.fits[0].save(tmp_path / "fit")
+    found = bayesgen.load(tmp_path / "classifier")
+    assert isinstance(found, ClassifierFit)
+    row = [[5.0, 3.0, 1.0, 0.2]]
+    assert torch.equal(found.log_prob_given_class(row), fitted.log_prob_given_class(row))
+    with pytest.raises(ValueError, match=r"holds a ClassifierFit, not a single fit"):
+        Fit.load(tmp_path / "classifier")
+    with pytest.raises(ValueError, match="holds a Fit, not a classifier"):
+        ClassifierFit.load(tmp_path / "fit")
+
+
+def test_a_killed_save_of_a_classifier_leaves_the_old_one(
+    tmp_path: Path, fitted: ClassifierFit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One manifest for all classes: never some classes of one save and some of another."""
+    fitted.save(tmp_path)
+    other = dataclasses.replace(fitted, shares=torch.tensor([0.5, 0.25, 0.25]))
+    written = []
+
+    def dies(path: Path, content: bytes) -> None:
+        written.append(path)
+        if len(written) == 2:
+            raise OSError("no space left")
+        path.write_bytes(content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "_write_through", dies)
+        with pytest.raises(OSError, match="no space left"):
+            other.save(tmp_path)
+    assert torch.equal(ClassifierFit.load(tmp_path).shares, fitted.shares)
+
+
+def test_summary_names_the_classes(fitted: ClassifierFit) -> None:
+    told = fitted.summary()
+    assert "3 classes" in told
+    assert "class 1, probability 0.333" in told
