@@ -124,7 +124,7 @@ def summary(run: str, *, out: str | None = None, force: bool = False) -> None:
     """Print what was fitted and whether to trust it; the whole table into ``out``."""
     if out is not None:
         check_out(out, force=force)
-    fit = load_run(run)
+    fit = _single(run, "report")
     if isinstance(fit, ClassifierFit):
         if out is not None:
             raise Misuse(f"{run} holds a classifier, which has no single table; leave out --out.")
@@ -142,7 +142,7 @@ def report(run: str, *, out: str | None = None, force: bool = False, quiet: bool
     from bayesgen.app.report import write_report
 
     target = Path(run) / "report.html" if out is None else Path(out)
-    fit = load_run(run)
+    fit = _single(run, "report")
     write_report(fit, target, force=force or out is None)
     word = "PASS" if fit.verdict() else "FAIL"
     say(f"wrote {target} ({word})", quiet=quiet)
