@@ -124,7 +124,7 @@ def summary(run: str, *, out: str | None = None, force: bool = False) -> None:
     """Print what was fitted and whether to trust it; the whole table into ``out``."""
     if out is not None:
         check_out(out, force=force)
-    fit = _single(run, "report")
+    fit = load_run(run)
     if isinstance(fit, ClassifierFit):
         if out is not None:
             raise Misuse(f"{run} holds a classifier, which has no single table; leave out --out.")
