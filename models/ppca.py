@@ -64,7 +64,7 @@ class PPCA(LinearModel, Solvable):
         >>> from bayesgen.models import PPCA
         >>> fit = EM(objective="likelihood").run(PPCA(2), datasets.load("iris"), seed=0)
         >>> fit.log_prob([[5.1, 3.5, 1.4, float("nan")]])
-        tensor([-1.3...], dtype=torch.float64)
+        tensor([-2.2682], dtype=torch.float64)
     """
 
     @property
