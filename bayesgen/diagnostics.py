@@ -140,8 +140,8 @@ class _Export:
         size = sum(value.numel() for value in observed(self.fit).values())
         if self._fits("prior", num_samples * size):
             found = sample_prior(self.fit.model, self.fit.data, num_samples=num_samples, seed=seed)
-            self.groups["prior"] = _numpy({k: v[None] for k, v in found.draws.items()})
-            self.groups["prior_predictive"] = _numpy({k: v[None] for k, v in found.data.items()})
+            self.groups["prior"] = _numpy(found.prior)
+            self.groups["prior_predictive"] = _numpy(found.predictive)
 
 
 def _numpy(values: Mapping[str, Tensor]) -> Arrays:

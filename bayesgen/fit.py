@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from bayesgen.conditional import Conditioned
     from bayesgen.explained import ExplainedVariance
     from bayesgen.outliers import Outliers
+    from bayesgen.predictive import PriorPredictive
     from bayesgen.relations import Graph
+    from bayesgen.sensitivity import Sensitivity
     from bayesgen.summary import Summary
     from bayesgen.verdict import Verdict
 
@@ -437,6 +439,27 @@ class Fit:
         if "num_occupied" in self.sample_stats:  # the labels are gone, but the engine counted them
             found.setdefault("num_occupied", self.sample_stats["num_occupied"].to(torch.float64))
         return found
+
+    def prior_predictive(self, num_samples: int = 500, *, seed: int = 0) -> PriorPredictive:
+        """What the model believed before it saw the data; ``.plot()`` shows it beside them.
+
+        Raises:
+            ValueError: A flat prior, which has no draws.
+        """
+        from bayesgen.predictive import sample_prior
+
+        return sample_prior(
+            self.model, self.data, num_samples=num_samples, seed=seed, device=self.device
+        )
+
+    def sensitivity(self, *, sites: Sequence[str] | None = None) -> Sensitivity:
+        """How much each quantity hangs on the prior, and how much on the data.
+
+        See :func:`bayesgen.sensitivity.sensitivity`.
+        """
+        from bayesgen.sensitivity import sensitivity
+
+        return sensitivity(self, sites=sites)
 
     def graph(self) -> Graph:
         """The model as a graph: ``print`` gives Mermaid, ``dot()`` DOT, ``svg()`` a picture.

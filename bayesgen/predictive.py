@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bayesgen import rng, verbs
 from bayesgen.capabilities import Generative, Model, Pointwise, Program, Simulated, require
-from bayesgen.replay import log_priors, simulate, site_names
+from bayesgen.replay import data_of, log_priors, prior_sites, simulate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,7 +19,14 @@ if TYPE_CHECKING:
     from bayesgen.data import Dataset
     from bayesgen.fit import Fit
 
-__all__ = ["PriorPredictive", "log_prior", "observed", "replicated", "sample_prior"]
+__all__ = [
+    "PriorPredictive",
+    "log_prior",
+    "observed",
+    "program_prior",
+    "replicated",
+    "sample_prior",
+]
 
 _ROWS_AT_ONCE = 65_536
 
@@ -28,10 +35,10 @@ _ROWS_AT_ONCE = 65_536
 class PriorPredictive:
     """What a model believes before it sees data: parameters, and a data set for each."""
 
-    draws: Mapping[str, Tensor]
-    """``(num_samples, *event)`` by site."""
-    data: Mapping[str, Tensor]
-    """``(num_samples, *shape)`` by observed site, in the shape of the data."""
+    prior: Mapping[str, Tensor]
+    """Latent and computed sites, ``(1, num_samples, *event)``."""
+    predictive: Mapping[str, Tensor]
+    """The sites that the data observe, ``(1, num_samples, *shape)``."""
     observed: Mapping[str, Tensor]
     """The data themselves, for comparison."""
 
@@ -39,7 +46,8 @@ class PriorPredictive:
         """Draw the data sets beside the data; see :func:`bayesgen.plots.predictive`."""
         from bayesgen import plots
 
-        return plots.predictive(self.data, self.observed, label="prior")
+        data = {name: value.flatten(0, 1) for name, value in self.predictive.items()}
+        return plots.predictive(data, self.observed, label="prior")
 
 
 def observed(fit: Fit) -> dict[str, Tensor]:
@@ -116,17 +124,46 @@ def sample_prior(
     generator = rng.make_generator(seed, device)
     if isinstance(model, Simulated):
         draws, found = model.prior(num_samples, generator=generator)
-        return PriorPredictive(
-            draws, found, model.observed if isinstance(model, Pointwise) else {}
-        )
+        held = model.observed if isinstance(model, Pointwise) else {}
+        return PriorPredictive(_one_chain(draws), _one_chain(found), held)
     rows = _training_rows(model, data)
     run = _program(model, rows)
-    wanted = [name for name in model.dims if name in set(site_names(run))]
+    known = prior_sites(run)[0]
+    wanted = [name for name in model.dims if name in known]
     draws = simulate(
         run, {}, wanted, num_runs=num_samples, generator=generator, keep_observed=True
     )
     found = {"x": _rows(model, draws, len(rows), generator)}
-    return PriorPredictive(draws, found, {"x": rows})
+    return PriorPredictive(_one_chain(draws), _one_chain(found), {"x": rows})
+
+
+def program_prior(
+    run: Callable[[], Any],
+    *,
+    num_samples: int = 500,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str = "cpu",
+) -> PriorPredictive:
+    """The same of a plain program with its data, called without arguments."""
+    drawn, held = prior_sites(run, dtype=dtype)
+    found = simulate(
+        run,
+        {},
+        (*drawn, *held),
+        num_runs=num_samples,
+        generator=rng.make_generator(seed, device),
+        dtype=dtype,
+    )
+    return PriorPredictive(
+        _one_chain({name: found[name] for name in drawn}),
+        _one_chain({name: found[name] for name in held}),
+        data_of(run, dtype=dtype),
+    )
+
+
+def _one_chain(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.unsqueeze(0) for name, value in values.items()}
 
 
 def log_prior(fit: Fit) -> dict[str, Tensor]:

@@ -22,11 +22,24 @@ from torch import Tensor
 
 from bayesgen import rng
 
-__all__ = ["Forwards", "is_data", "log_priors", "quietly", "simulate", "site_names"]
+__all__ = [
+    "Forwards",
+    "ProgramError",
+    "data_of",
+    "is_data",
+    "log_priors",
+    "prior_sites",
+    "quietly",
+    "simulate",
+]
 
 _LOCK = threading.RLock()
 _BUDGET = 2**22  # numbers alive at once
 Run = Callable[[], Any]
+
+
+class ProgramError(ValueError):
+    """A program that cannot be run; the message says why and what to do."""
 
 
 @contextmanager
@@ -83,11 +96,14 @@ class Forwards(Messenger):
                 return
             msg["fn"] = _expanded(msg["fn"], msg["value"])
             msg["is_observed"] = False
-        if self.flat_at_zero and isinstance(msg["fn"], dist.ImproperUniform):
+        if self.flat_at_zero and _is_flat(msg["fn"]):
             transform = torch.distributions.biject_to(msg["fn"].support)
             msg["value"] = transform(torch.zeros(transform.inverse_shape(msg["fn"].shape())))
         else:
-            msg["value"] = _drawn(msg["fn"], msg["name"])
+            value = _drawn(msg["fn"], msg["name"])
+            if value.is_floating_point():  # a prior that was given in another precision
+                value = value.to(torch.get_default_dtype())
+            msg["value"] = value
         msg["done"] = True
 
 
@@ -98,13 +114,19 @@ def _expanded(law: Any, value: Any) -> Any:
     return law if batch == law.batch_shape else law.expand(batch)
 
 
+def _is_flat(law: Any) -> bool:
+    while isinstance(law, torch.distributions.Independent):
+        law = law.base_dist
+    return isinstance(law, dist.ImproperUniform)
+
+
 def _drawn(law: Any, name: str) -> Tensor:
     try:
         value: Tensor = _sample(law)
     except NotImplementedError:
-        raise ValueError(
-            f"site '{name}' is a {type(law).__name__}, which cannot be sampled: a flat prior has "
-            "no draws. Give it a proper prior."
+        raise ProgramError(
+            f"site '{name}' has a flat prior ({type(law).__name__}), which cannot be drawn from. "
+            f"Give a proper one: with_priors(program, {{'{name}': ...}})."
         ) from None
     return value
 
@@ -163,11 +185,35 @@ def _dirichlet(concentration: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------- many runs
-def site_names(run: Run, *, dtype: torch.dtype = torch.float64) -> list[str]:
-    """Names of everything that the program samples or computes, in its order."""
-    with rng.fork(rng.make_generator(0)), quietly(dtype), torch.no_grad():
-        with Forwards({}, keep_observed=True):
-            return list(poutine.trace(run).get_trace().nodes)
+def prior_sites(
+    run: Run, *, dtype: torch.dtype = torch.float64
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the sites that are drawn or computed from the prior, and of the observed ones."""
+    nodes = _once(run, dtype)
+    held = tuple(name for name, node in nodes.items() if is_data(node))
+    drawn = [n for n, node in nodes.items() if n not in held and not _is_unit(node)]
+    return tuple(drawn), held
+
+
+def data_of(run: Run, *, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """The observed values of a program by site."""
+    return {name: node["value"] for name, node in _once(run, dtype).items() if is_data(node)}
+
+
+def _once(run: Run, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+    """Sample sites of one run at any values, plates left out."""
+    values = Forwards({}, keep_observed=True, flat_at_zero=True)
+    with rng.fork(rng.make_generator(0)), quietly(dtype), torch.no_grad(), values:
+        nodes = poutine.trace(run).get_trace().nodes
+    return {
+        name: node
+        for name, node in nodes.items()
+        if node["type"] == "sample" and not poutine.util.site_is_subsample(node)
+    }
+
+
+def _is_unit(node: Mapping[str, Any]) -> bool:
+    return isinstance(node["fn"], dist.Unit)
 
 
 def simulate(
@@ -212,9 +258,9 @@ def simulate(
 def _check_prior(nodes: Mapping[str, Any]) -> None:
     for name, node in nodes.items():
         if node["type"] == "sample" and isinstance(node["fn"], dist.Unit):
-            raise ValueError(
-                f"the program weighs its prior by the factor '{name}', which has no draws: write "
-                "it as pyro.sample of a distribution."
+            raise ProgramError(
+                f"pyro.factor '{name}' weighs the prior by a number, so the prior cannot be drawn "
+                "from. Write it as a distribution, or give another prior by with_priors."
             )
 
 

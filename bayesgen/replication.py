@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from bayesgen import rng
-from bayesgen.capabilities import Generative, require
+from bayesgen.capabilities import Generative, Simulated, require
+from bayesgen.predictive import observed
+from bayesgen.schema import Kind, Schema
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from bayesgen.fit import Fit
-    from bayesgen.schema import Schema
-
 __all__ = [
     "PredictiveCheck",
     "Statistics",
@@ -26,6 +26,7 @@ __all__ = [
     "posterior_predictive_check",
 ]
 
+_ALIVE = 2**20  # numbers of the replications alive at once
 Statistics = Mapping[str, Callable[[Tensor], Tensor]]
 """Functions of data sets ``(s, n, d)``, NaN where missing, to ``(s,)`` or ``(s, d)``."""
 
@@ -86,7 +87,8 @@ def posterior_predictive_check(
         Bayarri, Berger (2000), P values for composite null models.
 
     Args:
-        fit: A fit that knows its training data, of a ``Generative`` model.
+        fit: A fit that knows its training data, of a ``Generative`` model or a plain program,
+            whose observed sites take the place of columns.
         statistics: Functions of data sets. When None, :func:`default_statistics` of the real and
             count columns and the share of each level of the others.
         num_samples: Replicated data sets.
@@ -100,6 +102,36 @@ def posterior_predictive_check(
         TypeError: If the model cannot generate.
         ValueError: If the fit has no training data in memory.
     """
+    generator = rng.make_generator(seed, fit.device)
+    total = fit.num_chains * fit.num_draws
+    chosen = torch.randint(total, (num_samples,), generator=generator, device=fit.device)
+    values: dict[str, float] = {}
+    replicated: dict[str, Tensor] = {}
+    for data, schema, copies in _sources(fit, chosen, generator):
+        measure = _measure(statistics, schema)
+        values |= {name: float(value[0]) for name, value in measure(data[None]).items()}
+        batches = [measure(rows) for rows in copies]
+        replicated |= {k: torch.cat([b[k] for b in batches]).cpu() for k in batches[0]}
+    p_values = {name: _two_sided(values[name], replicated[name]) for name in values}
+    return PredictiveCheck(values, replicated, p_values)
+
+
+def _measure(
+    statistics: Statistics | None, schema: Schema
+) -> Callable[[Tensor], dict[str, Tensor]]:
+    if statistics is None:
+        return lambda rows: _by_kind(rows, schema)
+    return lambda rows: _apply(statistics, rows, schema.columns)
+
+
+Source = tuple[Tensor, Schema, Iterator[Tensor]]
+
+
+def _sources(fit: Fit, chosen: Tensor, generator: torch.Generator) -> Iterator[Source]:
+    """Tables ``(n, d)`` of data with their columns, and batches of replications ``(s, n, d)``."""
+    if isinstance(fit.model, Simulated):
+        yield from _program_sources(fit, fit.model, chosen, generator)
+        return
     model = require(fit.model, Generative, "posterior_predictive_check")
     if fit.data is None or not fit.data.in_memory:
         raise ValueError(
@@ -107,27 +139,36 @@ def posterior_predictive_check(
             f"{'none' if fit.data is None else 'streamed data'}: fit to a random part of the rows."
         )
     x = fit.data.tensor().to(fit.device)
-    generator = rng.make_generator(seed, fit.device)
     flat = {name: value.flatten(0, 1) for name, value in fit.draws.items()}
-    total = fit.num_chains * fit.num_draws
-    chosen = torch.randint(total, (num_samples,), generator=generator, device=fit.device)
 
-    def apply(rows: Tensor) -> dict[str, Tensor]:
-        if statistics is None:
-            return _by_kind(rows, fit.schema)
-        return _apply(statistics, rows, fit.columns)
+    def copies() -> Iterator[Tensor]:
+        for part in chosen.split(max(1, _ALIVE // max(1, x.numel()))):
+            each = {k: value[part].repeat_interleave(len(x), 0) for k, value in flat.items()}
+            rows = model.sample(each, generator=generator).reshape(len(part), *x.shape)
+            yield rows.masked_fill(x.isnan(), torch.nan)
 
-    observed = {name: value[0] for name, value in apply(x[None]).items()}
-    batches = []
-    per_batch = max(1, 2**20 // max(1, x.numel()))  # replications alive at once
-    for part in chosen.split(per_batch):
-        repeated = {name: value[part].repeat_interleave(len(x), 0) for name, value in flat.items()}
-        rows = model.sample(repeated, generator=generator).reshape(len(part), *x.shape)
-        batches.append(apply(rows.masked_fill(x.isnan(), torch.nan)))
-    replicated = {name: torch.cat([b[name] for b in batches]).cpu() for name in observed}
-    values = {name: float(value) for name, value in observed.items()}
-    p_values = {name: _two_sided(values[name], replicated[name]) for name in values}
-    return PredictiveCheck(values, replicated, p_values)
+    yield x, fit.schema, copies()
+
+
+def _program_sources(
+    fit: Fit, model: Simulated, chosen: Tensor, generator: torch.Generator
+) -> Iterator[Source]:
+    """Each observed site of a program; its last dimension is columns where it has several."""
+    flat = {name: value.flatten(0, 1)[chosen] for name, value in fit.draws.items()}
+    found = model.replicate(flat, generator=generator)
+    for site, data in observed(fit).items():
+        width = data.shape[-1] if data.ndim > 1 else 1
+        names = (site,) if width == 1 else tuple(f"{site}[{j}]" for j in range(width))
+        table = data.double().reshape(-1, width)
+        kinds: tuple[Kind, ...] = tuple(
+            "binary" if _is_binary(column) else "real" for column in table.unbind(-1)
+        )
+        schema = Schema(names, kinds, (None,) * width)
+        yield table, schema, iter([found[site].double().reshape(len(chosen), -1, width)])
+
+
+def _is_binary(column: Tensor) -> bool:
+    return bool(((column == 0) | (column == 1)).all())
 
 
 def _by_kind(x: Tensor, schema: Schema) -> dict[str, Tensor]:

@@ -254,7 +254,7 @@ def _e_bfmi(energy: Any) -> float:
 def _approximation(fit: Fit, passed: list[str]) -> Iterator[Finding]:
     k_hat = fit.attrs.get("k_hat")
     if k_hat is None:
-        if fit.posterior is not None:
+        if fit.posterior is not None or "k_hat" in fit.attrs:
             yield Finding(
                 "approximation",
                 "the posterior is approximated, and nothing here says how well.",

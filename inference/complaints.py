@@ -16,12 +16,9 @@ from torch.distributions import biject_to, constraints
 import bayesgen
 import bayesgen.distributions  # registers bijections that torch lacks
 from bayesgen.prior_replacement import PriorError
+from bayesgen.replay import ProgramError
 
 __all__ = ["ProgramError", "bijection", "check_site", "check_trace", "explained", "user_line"]
-
-
-class ProgramError(ValueError):
-    """A program that cannot be run; the message says why and what to do."""
 
 
 def check_site(msg: Mapping[str, Any]) -> None:

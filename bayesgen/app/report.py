@@ -11,6 +11,8 @@ import bayesgen
 from bayesgen import plots
 from bayesgen.app.page import Mark, Page
 from bayesgen.capabilities import Encoder, Generative, Program, Simulated
+from bayesgen.predictive import observed, replicated
+from bayesgen.replication import posterior_predictive_check
 from bayesgen.storage import write_bytes
 from bayesgen.verdict import MIN_DRAWS
 
@@ -186,8 +188,6 @@ def _history(page: Page, fit: Fit) -> None:
 
 def _checks(page: Page, fit: Fit) -> None:
     """Replicated data beside the data."""
-    from bayesgen.predictive import observed, replicated
-
     if isinstance(fit.model, Simulated):
         held = observed(fit)
     elif isinstance(fit.model, Generative) and fit.data is not None and fit.data.in_memory:
@@ -210,18 +210,15 @@ def _checks(page: Page, fit: Fit) -> None:
         "thick line leaves the bundle, the model cannot produce what the data show.",
         is_wide=True,
     )
-    if not isinstance(fit.model, Simulated):
-        from bayesgen.calibration import posterior_predictive_check
-
-        check = posterior_predictive_check(fit, num_samples=100)
-        page.picture(
-            plots.predictive_check(check, max_panels=12),
-            "check",
-            "The statistics of the data (line) that fit worst, among those of replicated data "
-            f"sets (bars): the smallest p-value of {len(check.p_values)} is "
-            f"{min(check.p_values.values()):.2g}.",
-            is_wide=True,
-        )
+    check = posterior_predictive_check(fit, num_samples=100)
+    page.picture(
+        plots.predictive_check(check, max_panels=12),
+        "check",
+        "The statistics of the data (line) that fit worst, among those of replicated data sets "
+        f"(bars): the smallest p-value of {len(check.p_values)} is "
+        f"{min(check.p_values.values()):.2g}.",
+        is_wide=True,
+    )
 
 
 def _density(page: Page, fit: Fit) -> None:

@@ -110,7 +110,7 @@ def test_a_plain_program(schools, tmp_path: Path):
     assert "effective sample size is only" in text
     assert "mu ~ Normal(0, 5)" in text  # the graph
     assert "flowchart TD" in text
-    assert len(read.alts) == 5  # chains, energy, pairs of mu and tau, run, predictive
+    assert len(read.alts) == 6  # chains, energy, pairs of mu and tau, run, predictive, check
     assert "version of torch" in text
     assert schools.attrs["data_fingerprint"] in text
 
