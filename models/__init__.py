@@ -12,6 +12,7 @@ __all__ = [
     "GaussianMixture",
     "Mixture",
     "MixtureClassifier",
+    "RobustPCA",
 ]
 
 if TYPE_CHECKING:
@@ -19,11 +20,13 @@ if TYPE_CHECKING:
     from bayesgen.models.classifier import MixtureClassifier
     from bayesgen.models.mixture import GaussianMixture, Mixture
     from bayesgen.models.ppca import PPCA, FactorAnalysis
+    from bayesgen.models.robust_pca import RobustPCA
 
 _HOMES = {
     "BayesianPCA": "bayesgen.models.bayesian_pca",
     "PPCA": "bayesgen.models.ppca",
     "FactorAnalysis": "bayesgen.models.ppca",
+    "RobustPCA": "bayesgen.models.robust_pca",
     "GaussianMixture": "bayesgen.models.mixture",
     "Mixture": "bayesgen.models.mixture",
     "MixtureClassifier": "bayesgen.models.classifier",

@@ -73,9 +73,8 @@ def engine_checks(case: EngineCase) -> list[Callable[[EngineCase], None]]:
         check_fit,
         check_reproducible,
         check_globals,
-        check_resume,
-        check_callback,
         check_saved,
         check_diagnosed,
     ]
+    checks += [check_resume, check_callback] if case.resume_after else []
     return [*checks, check_monotone] if case.monotone else checks

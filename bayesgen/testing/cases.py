@@ -73,7 +73,7 @@ class EngineCase:
         monotone: Names in the history that must never fall.
         seed: Of the runs.
         is_random: Whether another seed must give other draws.
-        resume_after: Steps after which the run is cut and resumed.
+        resume_after: Steps after which the run is cut and resumed; 0 for an engine of one step.
         fixed: Mean that the posterior of a site must have, with a tolerance, by site.
     """
 

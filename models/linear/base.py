@@ -28,9 +28,9 @@ from bayesgen.capabilities import (
     Scored,
     Symmetric,
 )
-from bayesgen.conjugate import Local
+from bayesgen.conjugate import Block, Local
 from bayesgen.distributions import PartialLowRankMultivariateNormal
-from bayesgen.distributions._low_rank import low_rank_form
+from bayesgen.distributions._low_rank import LowRankForm, low_rank_form
 from bayesgen.models.families.base import refuse_categories
 from bayesgen.models.linear.guess import guess
 from bayesgen.models.linear.latents import from_rows, from_sums, inner
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from bayesgen.data import Dataset
     from bayesgen.models.linear.block import LoadingsBlock
 
-__all__ = ["Bound", "LinearModel"]
+__all__ = ["Bound", "LinearModel", "scale_tril_of"]
 
 
 class Bound(NamedTuple):
@@ -70,7 +70,7 @@ class Bound(NamedTuple):
         return self.num_rows < len(self.columns)
 
 
-def _scale_tril(precision_tril: Tensor) -> Tensor:
+def scale_tril_of(precision_tril: Tensor) -> Tensor:
     """Lower Cholesky factor of the inverse of ``L L^T``."""
     flipped = torch.linalg.cholesky((precision_tril @ precision_tril.mT).flip((-2, -1)))
     upper = flipped.flip((-2, -1)).mT
@@ -121,6 +121,16 @@ class LinearModel(
         """Whether the relevance of each direction is learned."""
         return False
 
+    @property
+    def is_robust(self) -> bool:
+        """Whether each row has a scale of its own."""
+        return False
+
+    @property
+    def learns_df(self) -> bool:
+        """Whether the law of the rows' scales is learned."""
+        return False
+
     # ------------------------------------------------------------ Model
     def __post_init__(self) -> None:
         q, name = self.latent_dim, type(self).__name__
@@ -128,7 +138,7 @@ class LinearModel(
             raise ValueError(
                 f"{name}: latent_dim={q!r}, but it must be a whole number of at least 1."
             )
-        allowed = prior_sites(learned=self.is_learned)
+        allowed = prior_sites(learned=self.is_learned, scaled=self.learns_df)
         for site in self.priors:
             if site not in allowed:
                 raise ValueError(
@@ -176,7 +186,13 @@ class LinearModel(
         """Every prior in force by site, defaults included."""
         scales, q = self._bound.scales, self.latent_dim
         given = given_priors(self.priors, len(scales.offset), q, shared=self.is_shared)
-        default = default_priors(scales, q, shared=self.is_shared, learned=self.is_learned)
+        default = default_priors(
+            scales,
+            q,
+            shared=self.is_shared,
+            learned=self.is_learned,
+            scaled=self.learns_df,
+        )
         return {**default, **given}
 
     @property
@@ -259,10 +275,10 @@ class LinearModel(
         )
         return signal + self._noise(draws) * noise
 
-    def encode(self, x: Tensor, draws: Tensors) -> MultivariateNormal:
+    def encode(self, x: Tensor, draws: Tensors) -> torch.distributions.Distribution:
         shift = x - draws["loc"].unsqueeze(-2)
         found = low_rank_form(shift, x.isnan(), draws["loadings"], self._noise(draws))
-        tril = _scale_tril(found.precision_tril)
+        tril = scale_tril_of(found.precision_tril)
         return MultivariateNormal(
             found.loc,
             scale_tril=tril.expand(*found.loc.shape, self.latent_dim),
@@ -272,6 +288,12 @@ class LinearModel(
     def condition(
         self, x: Tensor, observed: Tensor, draws: Tensors
     ) -> torch.distributions.Distribution:
+        return self._rest(x, observed, draws)[0]
+
+    def _rest(
+        self, x: Tensor, observed: Tensor, draws: Tensors
+    ) -> tuple[PartialLowRankMultivariateNormal, LowRankForm]:
+        """The other columns given the observed ones, and the form of these."""
         loc, loadings, noise = draws["loc"], draws["loadings"], self._noise(draws)
         shift = x[:, observed] - loc[..., observed].unsqueeze(-2)
         seen = torch.zeros_like(shift, dtype=torch.bool)
@@ -281,12 +303,13 @@ class LinearModel(
         factor = torch.linalg.solve_triangular(
             found.precision_tril, rest.mT.unsqueeze(-3), upper=False
         ).mT
-        return PartialLowRankMultivariateNormal(
+        law = PartialLowRankMultivariateNormal(
             found.loc @ rest.mT + loc[..., ~observed].unsqueeze(-2),
             factor,
             noise[..., ~observed].square().unsqueeze(-2),
             validate_args=False,
         )
+        return law, found
 
     def reconstruct(self, x: Tensor, draws: Tensors) -> Tensor:
         return self.decode(self.encode(x, draws).mean, draws)
@@ -331,10 +354,11 @@ class LinearModel(
     # ------------------------------------------------------------ Conjugate
     @cached_property
     def _block(self) -> LoadingsBlock:
-        return conjugate_block(self.all_priors, self._bound.scales, self.latent_dim)
+        priors = {site: prior for site, prior in self.all_priors.items() if site != "df"}
+        return conjugate_block(priors, self._bound.scales, self.latent_dim)
 
     @property
-    def blocks(self) -> dict[str, LoadingsBlock]:
+    def blocks(self) -> Mapping[str, Block]:
         return {"loadings": self._block}
 
     @property
@@ -344,16 +368,16 @@ class LinearModel(
 
     @property
     def pools(self) -> bool:
-        return self._bound.is_complete
+        return self._bound.is_complete and not self.is_robust
 
     def pool(self, left: Sums, right: Sums) -> Sums:
         return pool(left, right)
 
     def observe(self, x: Tensor, dtype: torch.dtype = torch.float64) -> Sums | Rows:
         centred = x.double() - self._bound.scales.offset.to(x.device)
-        if self._bound.is_complete:
+        if self.pools:
             return sum_rows(centred, dtype, is_root=self._bound.is_wide)
-        return take_rows(centred, dtype, complete=False)
+        return take_rows(centred, dtype, complete=self._bound.is_complete)
 
     def local(
         self,
@@ -381,10 +405,11 @@ class LinearModel(
             self.latent_dim,
             num_batch,
             shared=self.is_shared,
+            robust=self.is_robust,
             generator=generator,
         )
-        messages = {"loadings": self._block.natural(values)}
-        return self.local(self.observe(x), messages).statistics
+        message = self.blocks["loadings"].natural(values)
+        return self.local(self.observe(x), {"loadings": message}).statistics
 
     def export(self, values: Mapping[str, Tensors]) -> dict[str, Tensor]:
         out = dict(values["loadings"])

@@ -30,17 +30,22 @@ def guess(
     num: int,
     *,
     shared: bool,
+    robust: bool = False,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
     """``num`` guesses of loadings, mean and noise relative to the offset, from rows ``(n, d)``.
 
     The first is probabilistic PCA with gaps filled by the mean, or its like with a noise for each
-    column; the others are scattered.
+    column; the others are scattered. ``robust`` ones are those of rows of which the farther half
+    is pulled back to a sphere around the median, so that outliers have no more say than others.
     """
     unit = scales.scale
     filled = torch.nan_to_num(x.double() - scales.offset, nan=0.0)
-    loc = filled.mean(0)
+    loc = filled.median(0).values if robust else filled.mean(0)
     standard = (filled - loc) / unit
+    if robust:
+        length = standard.square().sum(-1, keepdim=True).sqrt()
+        standard = standard * (length.median() / length.clamp_min(_LEAST)).clamp_max(1.0)
     if shared:
         loadings, variance = _principal(standard, latent_dim)
         noise = rng.standard_normal((num, *loadings.shape), generator, device=loadings.device)

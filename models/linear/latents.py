@@ -184,45 +184,123 @@ def _wishart(
 
 
 # ------------------------------------------------------------ rows one by one
+class _Posterior(NamedTuple):
+    """The latents of rows given a message."""
+
+    mean: Tensor
+    """``(..., n, q)``."""
+    tril: Tensor
+    """Cholesky factor of their precision, ``(..., n, q, q)``; ``n = 1`` where all rows share it.
+    """
+    constant: Tensor
+    """Log normalisers of the rows and their latents, ``(..., n)``."""
+    distance: Tensor
+    """Expected squared distances of the rows from the model, in units of the noise."""
+    size: Tensor
+    """Observed entries of each row, ``(n,)`` or ``()``."""
+
+
+def _posterior(rows: Rows, message: Tensors) -> _Posterior:
+    size, dtype = message["linear"].shape[-1], rows.values.dtype
+    q, values = size - 1, rows.values
+    linear, packed = message["linear"].to(dtype), message["gram"].to(dtype)
+    constant = 0.5 * (message["log_precision"] - _LOG_2PI).to(dtype)
+    if rows.weight is None:
+        gram = _parts(packed.sum(-2, keepdim=True), size)
+        constant = constant.sum(-1, keepdim=True)
+        count = torch.full((), float(values.shape[-1]), dtype=dtype, device=values.device)
+    else:
+        gram = _parts(rows.weight @ packed, size)
+        constant = (rows.weight @ constant.unsqueeze(-1)).squeeze(-1)
+        count = rows.weight.sum(-1)
+    tril = _precision(gram.latent)
+    pull = values @ linear[..., :q] - gram.cross
+    if rows.weight is None:
+        mean = torch.cholesky_solve(pull.mT, tril.squeeze(-3)).mT
+    else:
+        mean = torch.cholesky_solve(pull.unsqueeze(-1), tril).squeeze(-1)
+    square = (values.square() @ message["precision"].to(dtype).unsqueeze(-1)).squeeze(-1)
+    along = (values @ linear[..., q:]).squeeze(-1)
+    distance = square - 2.0 * along + gram.mean - (pull * mean).sum(-1)
+    return _Posterior(mean, tril, constant - _log_diagonal(tril), distance, count)
+
+
 def from_rows(
     rows: Rows, message: Tensors, *, generator: torch.Generator | None = None
 ) -> Latents:
-    """The local step of rows with gaps: two matrix products and a small factor for each row."""
-    size = message["linear"].shape[-1]
-    q, dtype = size - 1, rows.values.dtype
-    assert rows.weight is not None
-    linear, weight = message["linear"].to(dtype), rows.weight
-    gram = _parts(weight @ message["gram"].to(dtype), size)
-    tril = _precision(gram.latent)
-    pull = rows.values @ linear[..., :q] - gram.cross
-    mean = torch.cholesky_solve(pull.unsqueeze(-1), tril).squeeze(-1)
-    constant = 0.5 * (message["log_precision"] - _LOG_2PI).to(dtype)
-    scores = (
-        (weight @ constant.unsqueeze(-1)).squeeze(-1)
-        - 0.5 * (rows.values.square() @ message["precision"].to(dtype).unsqueeze(-1)).squeeze(-1)
-        + (rows.values @ linear[..., q:]).squeeze(-1)
-        - 0.5 * gram.mean
-        + 0.5 * (pull * mean).sum(-1)
-        - _log_diagonal(tril)
-    )
-    if generator is None:
-        second = _outer(mean, mean) + torch.cholesky_inverse(tril)
+    """The local step row by row: with gaps, two matrix products and a small factor for each row.
+
+    With ``df`` in the message each row has a scale of its own: ``u ~ Gamma(df / 2, df / 2)``
+    multiplies its precisions, its latent's included. Statistics are then weighted by it, and
+    ``rows``, ``scale``, ``log_scale`` and ``volume`` ``(..., 1)`` are sums over rows of 1, ``u``,
+    ``log u``, and ``log u`` times half the number of observed entries and latents.
+    """
+    found = _posterior(rows, message)
+    shape = found.distance.shape
+    if "df" in message:
+        scores, scale, log_scale = _scales(found, message, generator)
+        volume = 0.5 * (found.size + found.mean.shape[-1]) * log_scale
+        sums = (torch.ones_like(scale), scale, log_scale, volume)
+        names = ("rows", "scale", "log_scale", "volume")
+        own = {k: v.double().sum(-1, keepdim=True) for k, v in zip(names, sums, strict=True)}
     else:
-        noise = rng.standard_normal(mean.shape, generator, dtype=dtype, device=mean.device)
-        step = torch.linalg.solve_triangular(tril.mT, noise.unsqueeze(-1), upper=True)
+        scores, scale, own = found.constant - 0.5 * found.distance, None, {}
+    mean = found.mean
+    if generator is not None:
+        noise = rng.standard_normal(mean.shape, generator, dtype=mean.dtype, device=mean.device)
+        noise = noise if scale is None else noise * scale.rsqrt().unsqueeze(-1)
+        step = torch.linalg.solve_triangular(found.tril.mT, noise.unsqueeze(-1), upper=True)
         mean = mean + step.squeeze(-1)
-        second = _outer(mean, mean)
-    one = torch.ones_like(mean[..., 0])
-    packed = _second(second, mean, one)
-    lead, d = mean.shape[:-2], rows.values.shape[-1]
-    statistics = {
-        "second": (weight.mT @ packed).double(),
-        "latent": packed.double().sum(-2),
-        "cross": (rows.values.mT @ torch.cat([mean, one.unsqueeze(-1)], -1)).double(),
-        "square": rows.values.double().square().sum(-2).expand(*lead, d),
-        "count": weight.double().sum(-2).expand(*lead, d),
-    }
+    weight = torch.ones(shape, dtype=mean.dtype, device=mean.device) if scale is None else scale
+    covariance = torch.cholesky_inverse(found.tril) if generator is None else None
+    statistics = {**_moments(rows, mean, weight, covariance), **own}
     return Latents(statistics, scores.double().sum(-1))
+
+
+def _moments(
+    rows: Rows, mean: Tensor, scale: Tensor, covariance: Tensor | None
+) -> dict[str, Tensor]:
+    """Statistics of latents ``mean`` whose covariance is ``covariance / scale``, zero for None."""
+    lead, (n, d) = mean.shape[:-2], rows.values.shape[-2:]
+    scaled = scale.unsqueeze(-1) * mean
+    one = scale.unsqueeze(-1)
+    if rows.weight is None:
+        outer = scaled.mT @ mean
+        if covariance is not None:
+            outer = outer + n * covariance.squeeze(-3)
+        latent = _second(outer.double(), scaled.double().sum(-2), scale.double().sum(-1))
+        second = latent.unsqueeze(-2)
+        count = torch.full((), float(n), dtype=torch.float64, device=mean.device)
+    else:
+        outer = _outer(scaled, mean)
+        if covariance is not None:
+            outer = outer + covariance
+        packed = _second(outer, scaled, scale)
+        second, latent = (rows.weight.mT @ packed).double(), packed.double().sum(-2)
+        count = rows.weight.double().sum(-2)
+    square = one.mT @ rows.values.square()
+    return {
+        "second": second,
+        "latent": latent,
+        "cross": (rows.values.mT @ torch.cat([scaled, one], -1)).double(),
+        "square": square.squeeze(-2).double(),
+        "count": count.expand(*lead, d),
+    }
+
+
+def _scales(
+    found: _Posterior, message: Tensors, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores of rows under a Student-t; and their local scales with logarithms: means or draws."""
+    dtype = found.distance.dtype
+    df, constant = message["df"].to(dtype), message["df_constant"].to(dtype)
+    power, rate = 0.5 * (df + found.size), 0.5 * (df + found.distance.clamp_min(0.0))
+    power = power.expand(rate.shape)
+    scores = found.constant + constant + torch.lgamma(power) - power * rate.log()
+    if generator is None:
+        return scores, power / rate, torch.digamma(power) - rate.log()
+    log_scale = rng.log_gamma_sample(power, generator) - rate.log()
+    return scores, log_scale.exp(), log_scale
 
 
 def inner(message: Tensors, statistics: Mapping[str, Tensor]) -> Tensor:
@@ -236,5 +314,14 @@ def inner(message: Tensors, statistics: Mapping[str, Tensor]) -> Tensor:
     product = unpack(message["gram"], size) * unpack(statistics["second"], size)
     latent = _parts(statistics["latent"], size)
     spread = latent.latent.diagonal(dim1=-2, dim2=-1).sum(-1)
-    prior = -0.5 * (spread + (size - 1) * _LOG_2PI * latent.mean)
-    return likelihood - 0.5 * product.sum((-3, -2, -1)) + prior
+    total = likelihood - 0.5 * product.sum((-3, -2, -1)) - 0.5 * spread
+    if "df" not in message:
+        return total - 0.5 * (size - 1) * _LOG_2PI * latent.mean
+    half = 0.5 * message["df"]
+    scales = (
+        (message["df_constant"] - 0.5 * (size - 1) * _LOG_2PI) * statistics["rows"]
+        + statistics["volume"]
+        + (half - 1.0) * statistics["log_scale"]
+        - half * statistics["scale"]
+    )
+    return total + scales.sum(-1)

@@ -64,13 +64,14 @@ def find_scales(data: Dataset, *, shared: bool) -> Scales:
     return Scales(offset, scale)
 
 
-def prior_sites(*, learned: bool) -> tuple[str, ...]:
-    """The sites that have a prior."""
-    return ("precision" if learned else "loadings", "loc", "noise_scale")
+def prior_sites(*, learned: bool, scaled: bool) -> tuple[str, ...]:
+    """The sites that have a prior; ``scaled`` are models with degrees of freedom to learn."""
+    own = ("df",) if scaled else ()
+    return ("precision" if learned else "loadings", "loc", "noise_scale", *own)
 
 
 def default_priors(
-    scales: Scales, latent_dim: int, *, shared: bool, learned: bool
+    scales: Scales, latent_dim: int, *, shared: bool, learned: bool, scaled: bool
 ) -> dict[str, Distribution]:
     """Weakly informative priors in the data's units."""
     offset, scale = scales.offset, scales.scale
@@ -87,6 +88,8 @@ def default_priors(
     found["loc"] = dist.Normal(offset, _WIDE * scale)
     half = torch.full_like(noise, 0.5)
     found["noise_scale"] = RootInverseGamma(half, half * (_NOISE * noise).square())
+    if scaled:
+        found["df"] = dist.Gamma(torch.full_like(scale[0], 2.0), 0.1)
     return found
 
 
@@ -99,6 +102,7 @@ def given_priors(
         "precision": ((latent_dim,), constraints.positive),
         "loc": ((num_columns,), constraints.real),
         "noise_scale": (() if shared else (num_columns,), constraints.positive),
+        "df": ((), constraints.positive),
     }
     found = {}
     for site, prior in priors.items():
@@ -135,6 +139,8 @@ def sample_sites(
         sample("loadings", priors["loadings"], 2)
     sample("loc", priors["loc"], 1)
     sample("noise_scale", priors["noise_scale"], 0 if shared else 1)
+    if "df" in priors:
+        sample("df", priors["df"], 0)
     return values
 
 

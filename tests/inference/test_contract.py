@@ -10,8 +10,8 @@ import torch
 
 from bayesgen import rng
 from bayesgen.data import as_dataset
-from bayesgen.inference import EM, NUTS, VB, Gibbs
-from bayesgen.models import GaussianMixture, Mixture
+from bayesgen.inference import EM, NUTS, VB, ClosedForm, Gibbs
+from bayesgen.models import PPCA, FactorAnalysis, GaussianMixture, Mixture, RobustPCA
 from bayesgen.models.families.bernoulli import Bernoulli
 from bayesgen.testing import EngineCase, engine_checks, engines
 
@@ -56,6 +56,30 @@ CASES = [
     make("gibbs-holes", lambda: Gibbs(**GIBBS), data=HOLES),
     make("nuts", lambda: NUTS(**NUTS_SETTINGS), GaussianMixture(1), resume_after=3),
     make("gibbs-bernoulli", lambda: Gibbs(**GIBBS), Mixture(Bernoulli(), 3), binary()),
+]
+CASES += [
+    make("closed-form", lambda: ClosedForm(), PPCA(1), is_random=False, resume_after=0),
+    make("em-ppca", lambda: EM(num_starts=1), PPCA(1), is_random=False, monotone=("objective",)),
+    make(
+        "em-ppca-holes",
+        lambda: EM(num_starts=1, objective="likelihood"),
+        PPCA(1),
+        HOLES,
+        is_random=False,
+        monotone=("objective",),
+    ),
+    make("em-factors", lambda: EM(num_starts=2), FactorAnalysis(1), monotone=("objective",)),
+    make("vb-ppca", lambda: VB(num_starts=1), PPCA(1), monotone=("elbo",)),
+    make("vb-robust-holes", lambda: VB(num_starts=1), RobustPCA(1), HOLES, monotone=("elbo",)),
+    make(
+        "vb-robust-memoised",
+        lambda: VB(num_starts=1, schedule="memoised", batch_size=30),
+        RobustPCA(1),
+        monotone=("elbo",),
+    ),
+    make("em-robust", lambda: EM(num_starts=2), RobustPCA(1), monotone=("objective",)),
+    make("gibbs-ppca", lambda: Gibbs(**GIBBS), PPCA(1), resume_after=15),
+    make("gibbs-robust-holes", lambda: Gibbs(**GIBBS), RobustPCA(1), HOLES, resume_after=15),
 ]
 PAIRS = [(case, check) for case in CASES for check in engine_checks(case)]
 

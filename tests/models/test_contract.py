@@ -10,7 +10,14 @@ import torch
 from bayesgen import rng
 from bayesgen.data import as_dataset
 from bayesgen.inference import Gibbs
-from bayesgen.models import PPCA, BayesianPCA, FactorAnalysis, GaussianMixture, Mixture
+from bayesgen.models import (
+    PPCA,
+    BayesianPCA,
+    FactorAnalysis,
+    GaussianMixture,
+    Mixture,
+    RobustPCA,
+)
 from bayesgen.models.families.bernoulli import Bernoulli
 from bayesgen.models.families.categorical import Categorical
 from bayesgen.models.families.poisson import Poisson
@@ -95,6 +102,12 @@ CASES = {
         lambda: as_dataset(discrete(5, 2), kinds="binary"),
     ),
     "categorical": (lambda: Mixture(Categorical(), 2), lambda: levels(2, 3)),
+    "ppca-2": (lambda: PPCA(1), lambda: real(2)),
+    "ppca-5": (lambda: PPCA(2), lambda: real(5)),
+    "ppca-offset": (lambda: PPCA(1), lambda: real(2) + 1e6),
+    "factor-analysis-2": (lambda: FactorAnalysis(1), lambda: real(2)),
+    "robust-pca": (lambda: RobustPCA(1), lambda: real(2)),
+    "robust-pca-fixed": (lambda: RobustPCA(2, df=5.0), lambda: real(4)),
     "ppca": (lambda: PPCA(2), lambda: real(4)),
     "factor-analysis": (lambda: FactorAnalysis(2), lambda: real(4)),
     "bayesian-pca": (lambda: BayesianPCA(3), lambda: real(4)),
