@@ -128,7 +128,8 @@ def _drawn(law: Any, name: str) -> Tensor:
             f"site '{name}' has a flat prior ({type(law).__name__}), which cannot be drawn from. "
             f"Give a proper one: with_priors(program, {{'{name}': ...}})."
         ) from None
-    return value
+    # As engines do: a prior that was built elsewhere may be of another precision.
+    return value.to(torch.get_default_dtype()) if value.is_floating_point() else value
 
 
 def _sample(law: Any) -> Tensor:

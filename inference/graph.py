@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import (
     disable_proxy_modes_tracing,
     get_proxy_mode,
@@ -94,7 +96,10 @@ def capture(
             with _DataApart():
                 return inner(*values)
 
-    with torch.no_grad():
+    # One fake mode for all: without it each node's shape would be noted in one of its own, which
+    # takes most of the time.
+    context = TracingContext(FakeTensorMode(allow_fallback_kernels=True))
+    with torch.no_grad(), tracing(context):
         # Twice: gradients taken by torch.autograd.grad cannot be functionalised in the same pass.
         graph = make_fx(function)(*example)
         graph.graph.eliminate_dead_code()
@@ -193,8 +198,8 @@ def _equivalent(node: fx.Node, values: dict[fx.Node, Any]) -> fx.Node | None:
         return first
     if first is not None and node.target is _aten.sum.dim_IntList:
         # sum over a dimension of size one, put there by an unsqueeze
-        inner, axes = first.args[0], tuple(args[1] or ())  # type: ignore[arg-type]
-        if first.target is _aten.unsqueeze.default and isinstance(inner, fx.Node):
+        if first.target is _aten.unsqueeze.default and isinstance(first.args[0], fx.Node):
+            inner, axes = first.args[0], tuple(args[1] or ())  # type: ignore[arg-type]
             size, axis = values[first].ndim, first.args[1]
             # Of one size: both are the dimension that the unsqueeze put there.
             if _alike(values, node, inner) and len(axes) == 1 and len(args) == 2:

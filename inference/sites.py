@@ -11,11 +11,22 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import config_enumerate
+from pyro.infer.mcmc.util import TraceEinsumEvaluator
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from bayesgen import rng
-from bayesgen.inference.complaints import bijection, check_site, check_trace, explained
+from bayesgen.inference.complaints import (
+    bijection,
+    check_joint_values,
+    check_law,
+    check_observed,
+    check_rows,
+    check_same,
+    check_site,
+    check_trace,
+    explained,
+)
 from bayesgen.replay import quietly
 
 __all__ = [
@@ -69,26 +80,53 @@ class Layout:
 
 
 class _Start(Messenger):
-    """Give every continuous latent a value in its support, whatever its prior."""
+    """Give every continuous latent a value in its support, whatever its prior; check each site."""
 
-    def __init__(self, generator: torch.Generator) -> None:
+    def __init__(self, generator: torch.Generator, before: _Start | None = None) -> None:
         super().__init__()
         self.generator = generator
-        self.shapes: dict[str, torch.Size] = {}
+        self.raw: dict[str, Tensor] = {}
+        self.discrete: list[str] = []
+        self.before = before
+        """The run before: this one takes the points on the other side of zero."""
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if msg["is_observed"] or msg["name"] in self.shapes or _is_plate(msg):
+        if _is_plate(msg):
             return
-        law = msg["fn"]
+        name, law = msg["name"], msg["fn"]
+        check_law(name, law)
+        if msg["is_observed"] or name in self.raw:
+            return
         check_site(msg)
         if not _has_density(law):
+            self.discrete.append(name)
             return
-        transform = bijection(law, msg["name"])
+        transform = bijection(law, name)
         shape = transform.inverse_shape(law.shape())
-        raw = torch.rand(shape, generator=self.generator, device=self.generator.device)
-        msg["value"] = transform(_RADIUS * (2 * raw - 1))
+        uniform = torch.rand(shape, generator=self.generator, device=self.generator.device)
+        raw = _RADIUS * (2 * uniform - 1)
+        before = self.before.raw.get(name) if self.before else None
+        if before is not None and before.shape == shape:
+            raw = -before
+        self.raw[name] = raw
+        msg["value"] = transform(raw)
         msg["done"] = True
-        self.shapes[msg["name"]] = shape
+
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+        check_observed(msg)
+        if self.before and self.before.discrete:
+            check_rows(msg, self.before.discrete)
+
+
+class _Bounded(Messenger):
+    """Stop a sum over discrete latents before it fills the memory."""
+
+    def __init__(self, nesting: int) -> None:
+        super().__init__()
+        self.nesting = nesting
+
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+        check_joint_values(msg, self.nesting)
 
 
 class Flat(Messenger):
@@ -106,15 +144,23 @@ class Flat(Messenger):
             for site, part in zip(sites, parts, strict=True)
         }
         self.log_det: Tensor | float = 0.0
+        self.met: list[str] = []
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         raw = self.raw.get(msg["name"])
         if raw is None:
+            if not (msg["is_observed"] or _is_plate(msg) or msg["fn"].support.is_discrete):
+                check_same(self.raw, [*self.raw, msg["name"]])
             return
+        self.met.append(msg["name"])
         transform = bijection(msg["fn"], msg["name"])
         msg["value"] = transform(raw)
         msg["done"] = True
         self.log_det = self.log_det + transform.log_abs_det_jacobian(raw, msg["value"]).sum()
+
+    def check(self) -> None:
+        """Refuse a program that has left out one of its sites."""
+        check_same(self.raw, self.met)
 
 
 class Given(Messenger):
@@ -148,7 +194,9 @@ def discover(
     dtype: torch.dtype,
     generator: torch.Generator,
 ) -> Layout:
-    """Run the program once, with random values in the supports, and say what is in it.
+    """Run the program, with random values in the supports, and say what is in it.
+
+    Twice, at opposite points: what holds at one alone is no fixed density.
 
     Raises:
         ValueError: A program that no gradient-based sampler can run, with what to do about it.
@@ -157,7 +205,10 @@ def discover(
         starter = _Start(generator)
         with torch.no_grad(), starter:
             trace = poutine.trace(run).get_trace()
-    notes = check_trace(trace, starter.shapes)
+        again = _Start(generator, starter)
+        notes = check_trace(trace, starter.raw)
+        with torch.no_grad(), again:
+            check_same(trace.nodes, poutine.trace(run).get_trace().nodes)
     sites, start = [], 0
     dims: dict[str, tuple[str, ...]] = {}
     observed, observed_dims, discrete = {}, {}, {}
@@ -165,8 +216,8 @@ def discover(
         if node["type"] != "sample" or _is_plate(node):
             continue
         value = node["value"]
-        if name in starter.shapes:
-            shape = starter.shapes[name]
+        if name in starter.raw:
+            shape = starter.raw[name].shape
             sites.append(
                 Site(name, start, shape.numel(), tuple(shape), tuple(value.shape), dims_of(node))
             )
@@ -181,7 +232,7 @@ def discover(
             observed[name], observed_dims[name] = value, dims_of(node)
     frames = [f for n in trace.nodes.values() for f in n.get("cond_indep_stack", ())]
     nesting = max((-f.dim for f in frames if f.vectorized), default=0)
-    return Layout(
+    layout = Layout(
         run,
         tuple(sites),
         dims,
@@ -193,6 +244,18 @@ def discover(
         generator.device,
         notes,
     )
+    if discrete:
+        _rehearse(layout, starter.raw)
+    return layout
+
+
+def _rehearse(layout: Layout, raw: dict[str, Tensor]) -> None:
+    """Sum out the discrete latents once, so that what prevents it is explained."""
+    parts = [raw[site.name].reshape(-1).to(layout.dtype) for site in layout.sites]
+    with torch.no_grad(), quietly(layout.dtype), explained():
+        with Flat(layout.sites, torch.cat(parts)), _Bounded(layout.max_plate_nesting):
+            nodes = poutine.trace(enumerated(layout)).get_trace()
+        TraceEinsumEvaluator(nodes, True, layout.max_plate_nesting).log_prob(nodes)
 
 
 def dims_of(node: dict[str, Any]) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,7 @@ from pyro.infer.mcmc.util import TraceEinsumEvaluator
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
+from bayesgen import rng
 from bayesgen.inference.complaints import ProgramError, bijection, user_line
 from bayesgen.inference.graph import capture, simplify
 from bayesgen.inference.marginal import pointwise
@@ -62,7 +64,12 @@ class Density:
     # ------------------------------------------------------------ densities
     def pyro_log_prob(self, vector: Tensor) -> Tensor:
         """The log density of one vector ``(D,)`` by Pyro itself."""
-        return _log_density(self.layout, vector)
+        with self._apart():
+            return _log_density(self.layout, vector)
+
+    def _apart(self) -> AbstractContextManager[object]:
+        """Random numbers that a program draws of its own leave the global generators alone."""
+        return rng.fork(rng.make_generator(0, self.layout.device))
 
     def value_and_grad(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Log density ``(c,)`` and gradient at ``(c, D)``, for any ``c``; not the fast way."""
@@ -88,7 +95,8 @@ class Density:
         return (steps * 0.7548776662466927).remainder(1.0).reshape(count, -1) - 0.5
 
     def _by_pyro(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        results = [_value_and_grad(self.layout, vector) for vector in vectors]
+        with self._apart():
+            results = [_value_and_grad(self.layout, vector) for vector in vectors]
         return torch.stack([v for v, _ in results]), torch.stack([g for _, g in results])
 
     # ------------------------------------------------------------ draws
@@ -149,7 +157,12 @@ class Density:
         self, function: Callable[[Layout, Tensor], dict[str, Tensor]], example: Tensor
     ) -> Callable[[Tensor], dict[str, Tensor]]:
         if self.single is None:
-            return lambda vector: function(self.layout, vector)
+
+            def slowly(vector: Tensor) -> dict[str, Tensor]:
+                with self._apart():
+                    return function(self.layout, vector)
+
+            return slowly
         names: list[str] = []
 
         def values(vector: Tensor) -> tuple[Tensor, ...]:
@@ -180,7 +193,7 @@ class Density:
     def terms(self, vector: Tensor) -> dict[str, float]:
         """Log density of each site at a vector, to say which one is not finite."""
         layout = self.layout
-        with torch.no_grad(), quietly(layout.dtype), Flat(layout.sites, vector):
+        with torch.no_grad(), self._apart(), quietly(layout.dtype), Flat(layout.sites, vector):
             nodes = poutine.trace(layout.run).get_trace()
         found = {}
         for name, node in nodes.nodes.items():
@@ -228,6 +241,8 @@ def trace(
     for data_apart in (False, True):
         try:
             single = _single(layout, density._points(1)[0], data_apart)
+        except ProgramError:
+            raise
         except Exception as error:
             message = message or _why(error)
             continue
@@ -243,7 +258,8 @@ def trace(
 def _single(layout: Layout, example: Tensor, data_apart: bool) -> fx.GraphModule | None:
     """The graph of one vector; None if it draws random numbers."""
     # Folded under the program's default dtype: a graph may hold factories that name none.
-    with quietly(layout.dtype):
+    apart = rng.fork(rng.make_generator(0, layout.device))
+    with quietly(layout.dtype), apart:
         graph = capture(
             lambda vector: _value_and_grad(layout, vector), example, data_apart=data_apart
         )
@@ -319,6 +335,7 @@ def _log_density(layout: Layout, vector: Tensor) -> Tensor:
         else:
             nodes = poutine.trace(enumerated(layout)).get_trace()
             total = TraceEinsumEvaluator(nodes, True, layout.max_plate_nesting).log_prob(nodes)
+    flat.check()
     density: Tensor = total + flat.log_det
     return density
 
@@ -359,7 +376,8 @@ def _pointwise(layout: Layout, vector: Tensor) -> dict[str, Tensor]:
 
 def _unconstrain(layout: Layout, values: Mapping[str, Tensor]) -> Tensor:
     parts = []
-    with quietly(layout.dtype), torch.no_grad():
+    apart = rng.fork(rng.make_generator(0, layout.device))
+    with quietly(layout.dtype), torch.no_grad(), apart:
         run = poutine.condition(layout.run, data=dict(values))
         nodes = poutine.trace(run).get_trace().nodes
     for site in layout.sites:

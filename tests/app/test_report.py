@@ -19,7 +19,7 @@ from bayesgen.app.report import page_of, write_report
 from bayesgen.inference import NUTS, Gibbs
 from bayesgen.models import GaussianMixture
 from bayesgen.toys import UnitMixture, pretend
-from tests.inference.programs import eight_schools
+from tests.posteriordb.hierarchical import eight_schools
 
 __all__: list[str] = []
 

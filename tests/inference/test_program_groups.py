@@ -14,7 +14,7 @@ from bayesgen.diagnostics import to_arviz
 from bayesgen.inference import NUTS, VB
 from bayesgen.predictive import log_prior, replicated, sample_prior
 from bayesgen.replay import log_priors, simulate
-from tests.inference.programs import eight_schools
+from tests.posteriordb.hierarchical import eight_schools
 
 __all__: list[str] = []
 

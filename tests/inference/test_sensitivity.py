@@ -16,7 +16,7 @@ from bayesgen.inference import NUTS
 from bayesgen.predictive import log_prior
 from bayesgen.sensitivity import cumulative_distance, power_scaled_weights, sensitivity
 from bayesgen.toys import UnitMixture, pretend
-from tests.inference.programs import eight_schools
+from tests.posteriordb.hierarchical import eight_schools
 
 __all__: list[str] = []
 
