@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -251,7 +252,7 @@ def check_joint_values(msg: Mapping[str, Any], nesting: int) -> None:
     if poutine.util.site_is_subsample(msg):
         return
     batch = msg["fn"].batch_shape
-    count = batch[: max(0, len(batch) - nesting)].numel()  # left of the plates
+    count = math.prod(batch[: max(0, len(batch) - nesting)])  # left of the plates
     if count > _MAX_JOINT:
         raise ProgramError(
             f"site '{msg['name']}' depends on {count:,} joint values of discrete latents, too "

@@ -105,13 +105,17 @@ def _uniform(density: Density, num_chains: int, generator: torch.Generator) -> T
 def _from_model(
     density: Density, num_chains: int, model: Any, data: Any, generator: torch.Generator
 ) -> Tensor | None:
+    try:
+        blocks = model.blocks
+    except TypeError:  # under a prior of another kind there is no conjugate draw to start from
+        return None
     rows = data.tensor(torch.float64, density.layout.device)
     if len(rows) > _ROWS:
         rows = rows[torch.randperm(len(rows), generator=generator, device=rows.device)[:_ROWS]]
     statistics = model.start(rows, num_batch=num_chains, generator=generator)
     drawn = {
         name: dict(block.draw(statistics[name], None, generator=generator))
-        for name, block in model.blocks.items()
+        for name, block in blocks.items()
     }
     values = model.export(drawn)
     if any(site.name not in values for site in density.layout.sites):

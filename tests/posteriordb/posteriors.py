@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,23 @@ import numpy as np
 import torch
 
 from bayesgen.arviz_groups import import_arviz
+from bayesgen.inference import NUTS
 from tests.posteriordb import hierarchical, mixtures, regressions, series
 
-__all__ = ["POSTERIORS", "Posterior", "judge", "read", "reference"]
+__all__ = [
+    "ENGINES",
+    "MIN_ESS",
+    "POSTERIORS",
+    "Posterior",
+    "Verdict",
+    "judge",
+    "read",
+    "reference",
+    "run",
+]
 
 MIN_ESS = 400
+ENGINES = {"NUTS": NUTS(target_accept=0.9)}
 
 
 @dataclass(frozen=True)
@@ -88,12 +100,22 @@ class Verdict:
     r_hat: float
 
 
-def judge(fit: Any, wanted: dict[str, tuple[np.ndarray, float]]) -> Verdict:
+def run(name: str, engine: Any, shared_data: Path, seed: int = 1) -> Any:
+    """The fit of a posterior."""
+    posterior = POSTERIORS[name]
+    return engine.run(posterior.program, posterior.arguments(read(shared_data, name)), seed=seed)
+
+
+def judge(
+    draws: Mapping[str, torch.Tensor],
+    sample_stats: Mapping[str, torch.Tensor],
+    wanted: Mapping[str, tuple[np.ndarray, float]],
+) -> Verdict:
     """Means and standard deviations, in Monte Carlo errors of both sides together."""
     arviz = import_arviz()
     worst, ess, r_hat = {}, [], []
     for name, (other, stated) in wanted.items():
-        ours = entry(fit.draws, name)
+        ours = entry(draws, name)
         ess.append(float(arviz.ess(ours)))
         r_hat.append(float(arviz.rhat(ours)))
         few = max(1.0, (float(arviz.ess(other)) / stated) ** 0.5)
@@ -103,11 +125,11 @@ def judge(fit: Any, wanted: dict[str, tuple[np.ndarray, float]]) -> Verdict:
                 *errors
             )
     top = max(worst, key=worst.__getitem__)
-    divergences = int(fit.sample_stats["diverging"].sum())
+    divergences = int(sample_stats["diverging"].sum())
     return Verdict(float(worst[top]), top, min(ess), divergences, max(r_hat))
 
 
-def entry(draws: dict[str, torch.Tensor], name: str) -> np.ndarray:
+def entry(draws: Mapping[str, torch.Tensor], name: str) -> np.ndarray:
     """Draws ``(chain, draw)`` of Stan's ``theta[2]``."""
     site, _, index = name.rstrip("]").partition("[")
     return np.asarray(draws[site] if not index else draws[site][..., int(index) - 1])

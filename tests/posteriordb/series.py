@@ -105,12 +105,13 @@ def solve(theta, start, years):
 
 def lotka_volterra(y_init, y, **_):
     """Pelts of lynx and hare in twenty years, with errors of a factor."""
-    loc, scale = torch.tensor([1.0, 0.05, 1.0, 0.05]), torch.tensor([0.5, 0.05, 0.5, 0.05])
-    theta = pyro.sample("theta", dist.ImproperUniform(constraints.positive, (), (4,)))
-    pyro.factor("theta_prior", dist.Normal(loc, scale).log_prob(theta).sum())
-    z_init = pyro.sample(
-        "z_init", dist.LogNormal(torch.log(10.0 * torch.ones(2)), 1.0).to_event(1)
-    )
+    # Rates in units of their prior's centre: of order one, as samplers like them.
+    centre, spread = torch.tensor([1.0, 0.05, 1.0, 0.05]), torch.tensor([0.5, 1.0, 0.5, 1.0])
+    relative = pyro.sample("relative", dist.ImproperUniform(constraints.positive, (), (4,)))
+    pyro.factor("rates", dist.Normal(1.0, spread).log_prob(relative).sum())
+    theta = pyro.deterministic("theta", centre * relative)
+    raw = pyro.sample("raw", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    z_init = pyro.deterministic("z_init", 10.0 * raw.exp())
     sigma = pyro.sample("sigma", dist.LogNormal(-torch.ones(2), 1.0).to_event(1))
     pyro.sample("y_init", dist.LogNormal(z_init.log(), sigma).to_event(1), obs=y_init)
     with pyro.plate("year", len(y)):
