@@ -42,6 +42,7 @@ __all__ = [
     "envelope_level",
     "geweke_joint_test",
     "posterior_predictive_check",
+    "rank_truth",
     "simulation_based_calibration",
     "uniformity_p_values",
 ]
@@ -134,9 +135,26 @@ def simulation_based_calibration(
     draws = posterior_draws(data, generator)
     wanted = _identity if quantities is None else quantities
     truth, drawn = _scalars(wanted(parameters, data), 1), _scalars(wanted(draws, data), 2)
+    return rank_truth(truth, drawn, generator=generator, seed=seed)
+
+
+def rank_truth(
+    truth: Tensors, drawn: Tensors, *, generator: torch.Generator, seed: int = 0
+) -> Ranks:
+    """Rank true scalars among posterior draws, ties broken at random.
+
+    Args:
+        truth: ``(num_simulations,)`` by quantity.
+        drawn: ``(num_draws, num_simulations)`` by quantity.
+        generator: Of the coins.
+        seed: Of the reference distribution of the p-values.
+
+    Raises:
+        ValueError: If shapes do not fit.
+    """
     ranks = {}
     for name, value in truth.items():
-        among = drawn[name]
+        among, num_simulations = drawn[name], len(value)
         if value.shape != (num_simulations,) or among.shape[1:] != value.shape:
             raise ValueError(
                 f"quantity {name!r} has shape {tuple(value.shape)} at the truth and "

@@ -5,9 +5,19 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["EM", "NUTS", "SVI", "VB", "ClosedForm", "Gibbs", "prior_predictive"]
+__all__ = [
+    "EM",
+    "NUTS",
+    "SVI",
+    "VB",
+    "ClosedForm",
+    "Gibbs",
+    "calibrate_engine",
+    "prior_predictive",
+]
 
 if TYPE_CHECKING:
+    from bayesgen.inference.calibrate import calibrate_engine
     from bayesgen.inference.closed_form import ClosedForm
     from bayesgen.inference.em import EM
     from bayesgen.inference.gibbs import Gibbs
@@ -23,6 +33,7 @@ _HOMES = {
     "NUTS": "bayesgen.inference.nuts",
     "SVI": "bayesgen.inference.svi",
     "VB": "bayesgen.inference.vb",
+    "calibrate_engine": "bayesgen.inference.calibrate",
     "prior_predictive": "bayesgen.inference.predictive",
 }
 

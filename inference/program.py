@@ -131,10 +131,12 @@ def _names(signature: inspect.Signature, data: Mapping[Any, Any]) -> bool:
     return bool(data) and set(data) <= set(signature.parameters)
 
 
-class CodeModel(Model, ABC):
+class CodeModel(Model, Simulated, ABC):
     """A model whose description is code of the user's: it holds its data, and is never saved."""
 
     function: Callable[..., Any]
+    density: Any
+    """Its :class:`~bayesgen.inference.trace.Density`, which knows its sites."""
 
     @property
     def name(self) -> str:
@@ -181,10 +183,56 @@ class CodeModel(Model, ABC):
     def from_config(cls, config: Mapping[str, Any]) -> Self:
         raise ValueError("a Pyro function cannot be read from a file.")
 
+    # ------------------------------------------------------------ Simulated
+    @property
+    def program(self) -> Callable[[], Any]:
+        return self.density.layout.run
+
+    def replicate(self, draws: Tensors, *, generator: torch.Generator) -> Tensors:
+        layout = self.density.layout
+        self._check_observed()
+        # local latents that an engine left out are drawn anew
+        names = [site.name for site in layout.sites if site.name in draws]
+        values = {name: draws[name] for name in names}
+        return simulate(
+            layout.run,
+            values,
+            tuple(layout.observed),
+            num_runs=len(next(iter(values.values()))),
+            generator=generator,
+            dtype=layout.dtype,
+        )
+
+    def prior(self, num_samples: int, *, generator: torch.Generator) -> tuple[Tensors, Tensors]:
+        layout = self.density.layout
+        found = simulate(
+            layout.run,
+            {},
+            (*layout.dims, *layout.observed),
+            num_runs=num_samples,
+            generator=generator,
+            dtype=layout.dtype,
+        )
+        draws = {name: value for name, value in found.items() if name in layout.dims}
+        return draws, {name: found[name] for name in layout.observed}
+
+    def log_prior(self, draws: Tensors) -> Tensors:
+        layout = self.density.layout
+        names = [site.name for site in layout.sites if site.name in draws]
+        values = {name: draws[name] for name in names}
+        return log_priors(layout.run, values, dtype=layout.dtype)
+
+    def _check_observed(self) -> None:
+        if not self.density.layout.observed:
+            raise ValueError(
+                f"the program '{self.name}' observes nothing by obs=..., so there are no data to "
+                "replicate; a density added by pyro.factor cannot be sampled."
+            )
+
 
 @final
 @dataclass(frozen=True, eq=False)
-class FunctionModel(CodeModel, Pointwise, Simulated):
+class FunctionModel(CodeModel, Pointwise):
     """A Pyro function with its data: what it can do is what its trace tells.
 
     Args:
@@ -247,49 +295,6 @@ class FunctionModel(CodeModel, Pointwise, Simulated):
     @property
     def observed(self) -> Tensors:
         return self.density.layout.observed
-
-    # ------------------------------------------------------------ Simulated
-    @property
-    def program(self) -> Callable[[], Any]:
-        return self.density.layout.run
-
-    def replicate(self, draws: Tensors, *, generator: torch.Generator) -> Tensors:
-        layout = self.density.layout
-        self._check_observed()
-        values = {site.name: draws[site.name] for site in layout.sites}
-        return simulate(
-            layout.run,
-            values,
-            tuple(layout.observed),
-            num_runs=len(next(iter(values.values()))),
-            generator=generator,
-            dtype=layout.dtype,
-        )
-
-    def prior(self, num_samples: int, *, generator: torch.Generator) -> tuple[Tensors, Tensors]:
-        layout = self.density.layout
-        found = simulate(
-            layout.run,
-            {},
-            (*layout.dims, *layout.observed),
-            num_runs=num_samples,
-            generator=generator,
-            dtype=layout.dtype,
-        )
-        draws = {name: value for name, value in found.items() if name in layout.dims}
-        return draws, {name: found[name] for name in layout.observed}
-
-    def log_prior(self, draws: Tensors) -> Tensors:
-        layout = self.density.layout
-        values = {site.name: draws[site.name] for site in layout.sites}
-        return log_priors(layout.run, values, dtype=layout.dtype)
-
-    def _check_observed(self) -> None:
-        if not self.density.layout.observed:
-            raise ValueError(
-                f"the program '{self.name}' observes nothing by obs=..., so there are no data to "
-                "replicate; a density added by pyro.factor cannot be sampled."
-            )
 
 
 def _columns(value: Any) -> list[str]:

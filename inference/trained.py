@@ -87,6 +87,11 @@ class TrainedProgram(CodeModel, Pointwise):
             ValueError: The program takes a random part of its rows by itself.
         """
         pair = self.pair
+        return trace(self.program, dtype=pair.dtype, generator=rng.make_generator(0, pair.device))
+
+    @property
+    def program(self) -> Callable[[], Any]:
+        pair = self.pair
         args, kwargs = pair.call.arguments(pair.call.tensors)
         kwargs |= pair.extra
 
@@ -94,7 +99,7 @@ class TrainedProgram(CodeModel, Pointwise):
             with pair.using(self.params), poutine.block(hide_types=["param"]):
                 return pair.model(*args, **kwargs)
 
-        return trace(run, dtype=pair.dtype, generator=rng.make_generator(0, pair.device))
+        return run
 
     def log_likelihood(self, draws: Tensors) -> Mapping[str, Tensor]:
         if self.pair.plates or any(s.name not in draws for s in self.density.layout.sites):

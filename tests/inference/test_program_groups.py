@@ -11,7 +11,7 @@ import torch
 
 from bayesgen import rng
 from bayesgen.diagnostics import to_arviz
-from bayesgen.inference import NUTS, VB
+from bayesgen.inference import NUTS, SVI, VB
 from bayesgen.predictive import log_prior, replicated, sample_prior
 from bayesgen.replay import log_priors, simulate
 from tests.posteriordb.hierarchical import eight_schools
@@ -217,3 +217,20 @@ def test_models_of_ours_have_a_prior_too():
         torch.full((2,), fit.model.all_priors["weights"].concentration).double()
     )
     torch.testing.assert_close(density["weights"], wanted.log_prob(fit.draws["weights"]))
+
+
+def test_every_group_of_a_variational_fit():
+    """One chain, Pareto k-hat in place of R-hat."""
+    engine = SVI("AutoMultivariateNormal", num_steps=500, num_samples=200, learning_rate=0.05)
+    fit = engine.run(eight_schools, {"J": 8, "y": Y, "sigma": SIGMA}, seed=0)
+    data = to_arviz(fit, posterior_predictive=20, prior=10)
+    assert data["posterior"]["theta"].dims == ("chain", "draw", "school")
+    assert data["log_likelihood"]["y"].shape == (1, 200, 8)
+    assert data["posterior_predictive"]["y"].shape == (1, 20, 8)
+    assert data["prior_predictive"]["y"].shape == (1, 10, 8)
+    np.testing.assert_array_equal(data["observed_data"]["y"], Y)
+    text = str(fit.verdict())
+    assert "k-hat" in text
+    assert "R-hat" not in text
+    assert ("theta", "y") in fit.graph().edges
+    assert set(log_prior(fit)) == {"mu", "tau", "raw"}
