@@ -72,6 +72,14 @@ class ExplainedVariance:
     def __str__(self) -> str:
         share = self.cumulative[..., -1].double().mean()
         head = f"{self.variance.shape[-1]} latent directions explain {float(share):.1%}"
-        return f"{head} of the variance\n{self.table().to_string(float_format='{:.4g}'.format)}"
+        lines = [
+            f"{head} of the variance",
+            "latent  variance  90% interval         share  together",
+        ]
+        for k, row in self.table().iterrows():
+            interval = f"[{row['variance_low']:.4g}, {row['variance_high']:.4g}]"
+            shares = f"{row['ratio']:>6.1%}  {row['cumulative']:>8.1%}"
+            lines.append(f"{k:<8}{row['variance']:<10.4g}{interval:<20}{shares}")
+        return "\n".join(lines)
 
     __repr__ = __str__

@@ -27,9 +27,9 @@ class BayesianPCA(LinearModel):
     directions is the invariant ``num_live``: how many eigenvalues of :math:`W W^\top / \sigma^2`
     exceed :math:`\sqrt{d/n}`, below which no signal shows among ``n`` rows of noise.
 
-    The default prior of the precisions is ``Gamma(1, s^2 / 1000)``, with ``s^2`` the mean variance
-    of the columns. With it the loadings of a column are Student-t with two degrees of freedom and
-    a scale of 3 % of the data's: a direction is off unless the data switch it on, and then its
+    The default prior of the precisions is ``Gamma(1, 0.0003 s^2)``, with ``s^2`` the mean variance
+    of the columns. With it the loadings of a direction are Student-t with two degrees of freedom
+    and a scale of 2 % of the data's: a direction is off unless the data switch it on, and then its
     size is free. A :class:`~bayesgen.distributions.HorseshoePrecision` switches on more readily.
     Mean and noise have the priors of :class:`~bayesgen.models.PPCA`.
 

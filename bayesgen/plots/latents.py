@@ -212,10 +212,11 @@ def biplot(
         arrow = {"arrowstyle": "-|>", "color": INK, "lw": 1.0, "shrinkA": 0, "shrinkB": 0}
         tip = stretch * center[j]
         ax.annotate("", tip, (0.0, 0.0), arrowprops=arrow, zorder=4)
-    _name_arrows(stretch * center[longest], [names[j] for j in longest.tolist()], ax)
+    edges = _name_arrows(stretch * center[longest], [names[j] for j in longest.tolist()], ax)
     _name_directions(fit, pair, ax)
     for axis, k in (("x", 0), ("y", 1)):
-        ends = np.concatenate([scores[:, k], 1.12 * stretch * center[:, k], [0.0]])
+        more = edges if axis == "x" else [0.0]
+        ends = np.concatenate([scores[:, k], 1.12 * stretch * center[:, k], more])
         getattr(ax, f"set_{axis}lim")(*span(ends, 0.06))
     return ax
 
@@ -367,8 +368,8 @@ def _name_directions(fit: Fit, pair: tuple[int, int], ax: Axes) -> None:
         axis.set_label_text(f"direction {k}{_share(fit, k)}{note}", color=INK if sure else WARNING)
 
 
-def _name_arrows(tips: NDArray[np.float64], names: list[str], ax: Axes) -> None:
-    """Names beyond the tips, pushed apart from the longest arrow on."""
+def _name_arrows(tips: NDArray[np.float64], names: list[str], ax: Axes) -> list[float]:
+    """Names beyond the tips, pushed apart from the longest arrow on; where they end sideways."""
     reach = float(np.abs(tips).max()) if tips.size else 1.0
     high, wide = 0.075 * reach, 0.036 * reach  # of a line of text, and of one of its letters
     taken: list[tuple[float, float, float]] = []  # left, right, middle
@@ -384,3 +385,4 @@ def _name_arrows(tips: NDArray[np.float64], names: list[str], ax: Axes) -> None:
         taken.append((left, right, y))
         side = "left" if tip[0] >= 0 else "right"
         ax.text(x, y, name, fontsize=8, color=INK, ha=side, va="center", zorder=5)
+    return [end for left, right, _ in taken for end in (left, right)]

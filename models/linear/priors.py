@@ -37,7 +37,7 @@ __all__ = [
 _WIDE, _NOISE = 10.0, 1e-3
 _FLOOR = 1e-10
 # Prior variance of the loadings of a direction that is off, in variances of a column.
-_SPIKE = 1e-3
+_SPIKE = 3e-4
 
 
 @dataclass(frozen=True, eq=False)
