@@ -19,7 +19,10 @@ Bartlett's decomposition; the move proposes the element that takes the old ones 
 
 It is an independence sampler on the group's orbit (left Haar measure), exact for any prior. The
 triangle is ordered by the prior's precisions, so that directions that are switched off are not
-mixed into those that live; that order does not depend on what moves.
+mixed into those that live; that order does not depend on what moves. Where rows have scales
+:math:`u_i` of their own and :math:`z_i \sim \mathrm{N}(0, I / u_i)`, means and scatter are
+weighted by them and :math:`m \sim \mathrm{N}(0, I / \sum_i u_i)`, but Bartlett's degrees of
+freedom still count rows.
 
 References:
     Liu & Sabatti (2000). Generalised Gibbs sampler and multigrid Monte Carlo for Bayesian
@@ -76,9 +79,10 @@ def expand_latents(
     """
     size, d = loadings.shape[-1], loadings.shape[-2]
     moments = unpack(statistics["latent"], size)
-    if float(moments[..., -1, -1].min()) <= size:
+    count = statistics.get("rows", moments[..., -1, -1:])
+    if float(count.min()) <= size:
         return dict(statistics)  # too few rows for a scatter of full rank
-    element = _propose(moments, order, generator)
+    element = _propose(moments, count, order, generator)
     weights = torch.linalg.solve(element.matrix.mT, loadings[..., :-1].mT).mT
     moved = torch.cat([weights, loadings[..., -1:] - weights @ element.shift], -1)
     ratio = log_prior(moved) - log_prior(loadings) - d * element.log_det
@@ -94,15 +98,17 @@ def expand_latents(
     }
 
 
-def _propose(moments: Tensor, order: Tensor, generator: torch.Generator) -> _Element:
-    """The element that gives the latents a fresh mean and scatter."""
+def _propose(
+    moments: Tensor, count: Tensor, order: Tensor, generator: torch.Generator
+) -> _Element:
+    """The element that gives the latents of ``count (..., 1)`` rows a fresh mean and scatter."""
     q = moments.shape[-1] - 1
-    rows = moments[..., -1:, -1:]
-    mean = moments[..., :q, -1:] / rows
-    scatter = moments[..., :q, :q] - rows * mean @ mean.mT
+    mass = moments[..., -1:, -1:]
+    mean = moments[..., :q, -1:] / mass
+    scatter = moments[..., :q, :q] - mass * mean @ mean.mT
     places = torch.nn.functional.one_hot(order, q).to(moments.dtype)
     tril = torch.linalg.cholesky(places @ scatter @ places.mT)
-    degrees = rows.squeeze(-1) - torch.arange(1, q + 1, dtype=rows.dtype, device=rows.device)
+    degrees = count - torch.arange(1, q + 1, dtype=count.dtype, device=count.device)
     diagonal = rng.chi2(degrees, generator).sqrt()
     below = rng.standard_normal(tril.shape, generator, moments.dtype, moments.device).tril(-1)
     fresh = below + torch.diag_embed(diagonal)
@@ -110,7 +116,7 @@ def _propose(moments: Tensor, order: Tensor, generator: torch.Generator) -> _Ele
     matrix = places.mT @ inside @ places
     noise = rng.standard_normal(mean.shape, generator, moments.dtype, moments.device)
     log_det = (diagonal.log() - tril.diagonal(dim1=-2, dim2=-1).log()).sum(-1)
-    return _Element(matrix, noise / rows.sqrt() - matrix @ mean, log_det)
+    return _Element(matrix, noise / mass.sqrt() - matrix @ mean, log_det)
 
 
 def _eye(like: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from bayesgen.inference import NUTS, VB, Gibbs
 from bayesgen.inference.gibbs import GibbsState, Work
 from bayesgen.inference.run import Task
 from bayesgen.inference.source import Source
-from bayesgen.models import PPCA, BayesianPCA
+from bayesgen.models import PPCA, BayesianPCA, RobustPCA
 from bayesgen.models.linear import expansion
 from bayesgen.models.linear.block import LoadingsBlock
 from bayesgen.models.linear.rows import Rows
@@ -172,6 +172,14 @@ def simulate(values, generator):
     return mean + noise * rng.standard_normal((size, N, D), generator)
 
 
+def with_scales(values, generator):
+    """Rows of the robust model at four degrees of freedom."""
+    size = len(values["loc"])
+    scale = rng.chi2(torch.full((size, N, 1), 4.0).double(), generator) / 4.0
+    x = simulate({**values, "loc": 0.0 * values["loc"]}, generator)
+    return x / scale.sqrt() + values["loc"].unsqueeze(-2)
+
+
 def quantities(values, x):
     """Rotation-invariant, bounded or with light tails."""
     loadings = values["loadings"]
@@ -187,6 +195,15 @@ def quantities(values, x):
         "signal": torch.tanh(loadings.square().sum((-2, -1)) / 4),
         "precision": values["precision"].log().clamp(-6, 6).mean(-1),
     }
+
+
+def robust_task(generator):
+    job = task(generator, gaps=False, horseshoe=False)
+    width = torch.ones(D, Q, dtype=torch.float64)
+    laws = {k: v for k, v in job.model.priors.items() if k != "precision"}
+    laws["loadings"] = Normal(0.0 * width, 0.8 * width)
+    model = RobustPCA(Q, laws, job.model.bound, df=4.0)
+    return Task(model, job.data, generator, torch.device("cpu"), torch.float64)
 
 
 def task(generator, *, gaps, horseshoe):
@@ -241,6 +258,44 @@ def geweke(*, gaps=False, horseshoe=False, num_chains=200, num_steps=25):
 def test_geweke(gaps, horseshoe):
     result = geweke(gaps=gaps, horseshoe=horseshoe)
     assert result.p_value > 1e-3, result
+
+
+def robust_geweke():
+    def parameters(size, generator):
+        values = prior(size, generator)
+        del values["precision"]
+        return {**values, "loadings": 0.8 * rng.standard_normal((size, D, Q), generator)}
+
+    def transition(values, x, generator):
+        return sweep(robust_task(generator), Gibbs(num_chains=len(x), num_samples=1), values, x)
+
+    def about(values, x):
+        found = quantities({**values, "precision": torch.ones(Q).double()}, x)
+        return {k: v for k, v in found.items() if k != "precision"}
+
+    return geweke_joint_test(
+        parameters,
+        with_scales,
+        transition,
+        quantities=about,
+        num_chains=300,
+        num_steps=25,
+        num_marginal=8000,
+    )
+
+
+def test_geweke_of_rows_with_scales_of_their_own(monkeypatch):
+    """Weighted rows still count as rows, and three too many are noticed."""
+    result = robust_geweke()
+    assert result.p_value > 1e-3, result
+    right = expansion._propose
+
+    def wrong(moments, count, order, generator):
+        return right(moments, count + 3.0, order, generator)
+
+    monkeypatch.setattr(expansion, "_propose", wrong)
+    result = robust_geweke()
+    assert result.p_value < 1e-4, result
 
 
 def test_geweke_catches_a_wrong_jacobian(monkeypatch):
