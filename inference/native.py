@@ -95,7 +95,9 @@ def _library(text: str, width: int) -> ctypes.CDLL:
         raise Unsupported("there is no C++ compiler (install g++ or clang, or set CXX)")
     vectors = _vector_library(path)
     flags = [*_FLAGS, *vectors, f"-DW={width}"]
-    source = _source("lanes.cpp") + text + _source("trajectory.cpp")
+    source = "".join(
+        (_source("lanes.cpp"), text, _source("trajectory.cpp"), _source("paths.cpp"))
+    )
     key = hashlib.sha256(
         "\0".join((source, path, *flags, _machine(), *platform.libc_ver())).encode()
     ).hexdigest()[:40]

@@ -16,11 +16,11 @@ from torch import Tensor, fx
 from bayesgen.inference.emit import Unsupported
 from bayesgen.inference.graph import capture, compile_graph, simplify
 from bayesgen.inference.machines import Machine, NativeMachine, TorchMachine
-from bayesgen.inference.native import compiler, load, translated
+from bayesgen.inference.native import NativeDensity, compiler, load, translated
 from bayesgen.inference.trace import Density
 from bayesgen.inference.trajectory import Metric, launch, machine
 
-__all__ = ["Speed", "choose"]
+__all__ = ["Cost", "Speed", "choose", "cost_of", "native_density"]
 
 Gradient = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -44,10 +44,14 @@ class Speed(NamedTuple):
     seconds: float | None = None
 
 
-class _Cost(NamedTuple):
+class Cost(NamedTuple):
+    """What a step does: operations, elements computed, multiplications in matrix products."""
+
     operations: int
     elements: float
     products: float
+    largest: int
+    """Elements of the largest value of one vector."""
 
     def eager(self, steps: int) -> float:
         """Seconds of a run by eager operations."""
@@ -89,7 +93,7 @@ def choose(
         return _eager(density, table, num_chains, why)
     if compile is False:
         return _eager(density, table, num_chains, "eager: compile=False")
-    cost = _cost(density.single, density, num_chains)
+    cost = cost_of(density.single, density, num_chains, _MACHINE_OPERATIONS)
     native = _native(density, num_chains, cost, num_steps, compile)
     if isinstance(native, Speed):
         return native
@@ -110,26 +114,38 @@ def _eager(density: Density, table: Tensor, num_chains: int, why: str) -> Speed:
 
 
 def _native(
-    density: Density, num_chains: int, cost: _Cost, num_steps: int, compile: str | bool
+    density: Density, num_chains: int, cost: Cost, num_steps: int, compile: str | bool
 ) -> Speed | str:
     """Generated C++; or why not, starting with "eager" where that is faster."""
     start = time.perf_counter()
     try:
-        translation = translated(density)
-        build = _NATIVE + _NATIVE_STATEMENT * translation.statements
-        eager, native = cost.eager(num_steps), cost.native(num_steps)
-        why = (
-            f"{num_steps} steps of {cost.operations} operations would take about {eager:.1f} s "
-            f"eagerly and {native:.1f} s in C++, after {build:.1f} s of compiling"
-        )
-        if compile == "auto" and build + native > eager:
-            return f"eager: {why}"
-        found = load(translation, num_chains, density.num_params)
+        found, why = native_density(density, num_chains, cost, num_steps, compile)
     except Unsupported as error:
         return str(error)
+    if found is None:
+        return why
     machine = NativeMachine(found, num_chains)
-    seconds = time.perf_counter() - start
-    return Speed(machine, found, True, f"compiled to C++: {why}", seconds)
+    return Speed(machine, found, True, why, time.perf_counter() - start)
+
+
+def native_density(
+    density: Density, num_chains: int, cost: Cost, num_steps: int, compile: str | bool
+) -> tuple[NativeDensity | None, str]:
+    """The density in generated C++, where it pays, and why.
+
+    Raises:
+        Unsupported: There is no rule for what the program does, or no compiler.
+    """
+    translation = translated(density)
+    build = _NATIVE + _NATIVE_STATEMENT * translation.statements
+    eager, native = cost.eager(num_steps), cost.native(num_steps)
+    why = (
+        f"{num_steps} steps of {cost.operations} operations would take about {eager:.1f} s "
+        f"eagerly and {native:.1f} s in C++, after {build:.1f} s of compiling"
+    )
+    if compile == "auto" and build + native > eager:
+        return None, f"eager: {why}"
+    return load(translation, num_chains, density.num_params), f"compiled to C++: {why}"
 
 
 def _inductor(density: Density, table: Tensor, num_chains: int, max_depth: int, why: str) -> Speed:
@@ -178,9 +194,16 @@ def _example(
     return tuple(v.clone() for v in (*chains, *metric, points, uniform))
 
 
-def _cost(graph: fx.GraphModule, density: Density, num_chains: int) -> _Cost:
-    """Of one leapfrog step of all chains, from the graph of one vector."""
-    operations, elements, products = _MACHINE_OPERATIONS, 0.0, 0.0
+def cost_of(graph: fx.GraphModule, density: Density, num_chains: int, operations: int) -> Cost:
+    """Of one leapfrog step of all chains, from the graph of one vector.
+
+    Args:
+        graph: Of one vector.
+        density: Whose graph it is.
+        num_chains: Chains in one call.
+        operations: Those of a step beside the graph's.
+    """
+    elements, products, largest = 0.0, 0.0, 0
     values: dict[fx.Node, object] = {}
 
     class Sizes(fx.Interpreter):
@@ -195,16 +218,17 @@ def _cost(graph: fx.GraphModule, density: Density, num_chains: int) -> _Cost:
         if node.op != "call_function" or not isinstance(value, Tensor):
             continue
         operations += 1
+        largest = max(largest, value.numel())
         if node.target in _PRODUCTS:
             inner = values[node.all_input_nodes[-1]]
             shared = inner.shape[-2 if inner.ndim > 1 else 0] if isinstance(inner, Tensor) else 1
             products += value.numel() * shared
         else:
             elements += value.numel()
-    return _Cost(operations, num_chains * elements, num_chains * products)
+    return Cost(operations, num_chains * elements, num_chains * products, largest)
 
 
-def _pays(cost: _Cost, num_steps: int) -> tuple[bool, str]:
+def _pays(cost: Cost, num_steps: int) -> tuple[bool, str]:
     """Whether compiling by Inductor does."""
     eager, compiled = cost.eager(num_steps), cost.compiled(num_steps)
     build = _COMPILE + _COMPILE_OPERATION * cost.operations

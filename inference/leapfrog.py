@@ -1,0 +1,341 @@
+r"""Trajectories of many chains at once: one leapfrog path of the same number of steps for all.
+
+The metric enters by a factor :math:`A` with :math:`M^{-1} = A A^\top`, so that momenta are standard
+normal. Inside a path only the gradient is needed; the density itself at its end alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+from bayesgen.inference.emit import Unsupported
+from bayesgen.inference.native import NativeDensity, aligned, pointer
+from bayesgen.inference.speed import cost_of, native_density
+from bayesgen.inference.trace import Density
+
+__all__ = ["Leapfrog", "NativePaths", "Paths", "TorchPaths", "leapfrog", "width_of"]
+
+Ends = tuple[Tensor, Tensor, Tensor, Tensor]
+
+_CACHE_ELEMENTS = 2**16  # of the largest value in the graph: 512 KB in float64
+
+
+class Paths(nn.Module):
+    """The integrator, written so that torch can also run it without Python."""
+
+    def __init__(self, gradient: nn.Module, both: nn.Module) -> None:
+        super().__init__()
+        self.gradient, self.both = gradient, both
+
+    def forward(
+        self,
+        q: Tensor,
+        r: Tensor,
+        g: Tensor,
+        drift: Tensor,
+        kick: Tensor,
+        is_dense: bool,
+        steps: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``steps`` leapfrogs: position, momentum, log density and gradient at the end.
+
+        Args:
+            q: Positions ``(c, D)``.
+            r: Momenta.
+            g: Gradients at ``q``.
+            drift: The step size times the metric's factor: ``(c, D)``, or ``(D, D)`` transposed.
+            kick: The same, not transposed.
+            is_dense: Which of the two.
+            steps: At least one.
+        """
+        if is_dense:
+            r = torch.addmm(r, g, kick, alpha=0.5)
+        else:
+            r = torch.addcmul(r, g, kick, value=0.5)
+        for _ in range(steps - 1):
+            if is_dense:
+                q = torch.addmm(q, r, drift)
+                r = torch.addmm(r, self.gradient(q), kick)
+            else:
+                q = torch.addcmul(q, r, drift)
+                r = torch.addcmul(r, self.gradient(q), kick)
+        q = torch.addmm(q, r, drift) if is_dense else torch.addcmul(q, r, drift)
+        lp, g = self.both(q)
+        if is_dense:
+            r = torch.addmm(r, g, kick, alpha=0.5)
+        else:
+            r = torch.addcmul(r, g, kick, value=0.5)
+        return q, r, lp, g
+
+
+class _Call(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, q: Tensor) -> Any:
+        return self.function(q)
+
+
+class Leapfrog(NamedTuple):
+    """How trajectories are computed, and why so."""
+
+    integrate: Callable[..., Ends]
+    """``(q, r, g, factor, step_size, steps)``, see :meth:`TorchPaths.__call__`."""
+    is_compiled: bool
+    reason: str
+    overhead: float
+    """Cost of a transition beside its leapfrogs, in leapfrogs."""
+    seconds: float | None = None
+
+
+class TorchPaths:
+    """Paths by tensor operations, in blocks of chains whose values fit a cache.
+
+    Args:
+        paths: A :class:`Paths`, or the same without Python.
+        width: Chains in a block.
+    """
+
+    def __init__(self, paths: nn.Module, width: int) -> None:
+        self.paths, self.width = paths, width
+
+    def __call__(
+        self,
+        q: Tensor,
+        r: Tensor,
+        g: Tensor,
+        factor: Tensor,
+        step_size: float | Tensor,
+        steps: int,
+    ) -> Ends:
+        """Paths of all chains.
+
+        Args:
+            q: Positions ``(c, D)``.
+            r: Momenta.
+            g: Gradients at the positions.
+            factor: Of the metric, ``(D,)`` or ``(D, D)``.
+            step_size: Of all chains; with ``(D,)`` scales also ``(c, 1)``.
+            steps: Leapfrogs.
+
+        Returns:
+            Position, momentum, log density and gradient at the end.
+        """
+        is_dense, kick = _kick(q, factor, step_size)
+        if is_dense:
+            shared = (kick.T.contiguous(), kick)
+            blocks = [(*b, *shared) for b in self._split(q, r, g)]
+        else:
+            blocks = [(*b, b[-1]) for b in self._split(q, r, g, kick)]
+        parts = [self.paths(*block, is_dense, steps) for block in blocks]
+        if len(parts) == 1:
+            only: Ends = parts[0]
+            return only
+        q, r, lp, g = (torch.cat(part) for part in zip(*parts, strict=True))
+        return q, r, lp, g
+
+    def _split(self, *values: Tensor) -> Iterable[tuple[Tensor, ...]]:
+        return zip(*(v.split(self.width) for v in values), strict=True)
+
+
+class _Arguments(ctypes.Structure):
+    """``struct Paths`` of paths.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_longlong) for name in ("chains", "size", "steps", "dense")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("q", "r", "g", "kick", "drift", "q_end", "r_end", "lp_end", "g_end")
+        ),
+    ]
+
+
+class NativePaths:
+    """Paths in generated C++, several chains in a vector register and a thread for each core.
+
+    What a chain does is the same whichever thread moves it.
+    """
+
+    def __init__(self, density: NativeDensity) -> None:
+        self.density = density
+        self.call: Any = density.library.paths
+        self.call.restype = None
+        self._rooms: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(
+        self,
+        q: Tensor,
+        r: Tensor,
+        g: Tensor,
+        factor: Tensor,
+        step_size: float | Tensor,
+        steps: int,
+    ) -> Ends:
+        """As :meth:`TorchPaths.__call__`."""
+        is_dense, kick = _kick(q, factor, step_size)
+        kick = kick.contiguous()
+        drift = kick.T.contiguous() if is_dense else kick
+        q, r, g = q.contiguous(), r.contiguous(), g.contiguous()
+        ends = torch.empty_like(q), torch.empty_like(q), q.new_empty(len(q)), torch.empty_like(q)
+        arguments = _Arguments(len(q), q.shape[1], steps, int(is_dense))
+        names = [name for name, _ in _Arguments._fields_[4:]]
+        for name, value in zip(names, (q, r, g, kick, drift, *ends), strict=True):
+            setattr(arguments, name, value.data_ptr())
+        blocks = -(-len(q) // self.density.width)
+        count = min(torch.get_num_threads(), blocks)
+        cuts = [blocks * k // count for k in range(count + 1)]
+        jobs = [
+            (arguments, first, last, *self._room(k))
+            for k, (first, last) in enumerate(itertools.pairwise(cuts))
+        ]
+        if count == 1:
+            self._run(jobs[0])
+        else:
+            list(_pool(count).map(self._run, jobs))
+        return ends
+
+    def _room(self, index: int) -> tuple[Tensor, Tensor]:
+        density = self.density
+        while len(self._rooms) <= index:
+            room = aligned(5 * density.size * density.width)
+            space = aligned(max(1, density.translation.workspace) * density.width)
+            self._rooms.append((room, space))
+        return self._rooms[index]
+
+    def _run(self, job: tuple[Any, int, int, Tensor, Tensor]) -> None:
+        arguments, first, last, room, space = job
+        self.call(
+            ctypes.byref(arguments),
+            *(ctypes.c_long(first), ctypes.c_long(last)),
+            *(pointer(room), pointer(space)),
+            *self.density.constants[1:],
+        )
+
+
+@functools.cache
+def _pool(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, thread_name_prefix="paths")
+
+
+def _kick(q: Tensor, factor: Tensor, step_size: float | Tensor) -> tuple[bool, Tensor]:
+    is_dense = factor.ndim == 2
+    return is_dense, step_size * factor if is_dense else (step_size * factor).expand_as(q)
+
+
+def width_of(num_chains: int, largest: int) -> int:
+    """Chains of equal blocks in which the largest value (``largest`` a chain) fits a cache."""
+    count = 1
+    while num_chains % (2 * count) == 0 and num_chains // count * largest > _CACHE_ELEMENTS:
+        if num_chains // (2 * count) < _NARROWEST:
+            break
+        count *= 2
+    return num_chains // count
+
+
+_NARROWEST = 16  # chains: narrower blocks waste matrix products and vector units
+_OVERHEAD = 1.5  # leapfrogs
+
+
+def leapfrog(
+    density: Density, num_chains: int, *, compile: str | bool, num_steps: int
+) -> Leapfrog:
+    """Prepare the integrator of ``num_chains`` chains: in generated C++, or by tensor operations.
+
+    Args:
+        density: The traced program.
+        num_chains: Chains that move together.
+        compile: True, False or ``"auto"``.
+        num_steps: Leapfrogs of a chain expected of the whole run.
+    """
+    if density.single is None:
+        both = density.batched(num_chains)
+        paths = Paths(_Call(lambda q: both(q)[1]), _Call(both))
+        why = "Pyro's own Python: the program is not traced"
+        return Leapfrog(TorchPaths(paths, num_chains), False, why, 1.0)
+    cost, why = cost_of(density.single, density, num_chains, _STEP_OPERATIONS), "compile=False"
+    if compile is not False:
+        start = time.perf_counter()
+        try:
+            found, why = native_density(density, num_chains, cost, num_steps, compile)
+            if found is not None:
+                seconds = time.perf_counter() - start
+                return Leapfrog(NativePaths(found), True, why, _OVERHEAD, seconds)
+        except Unsupported as error:
+            why = str(error)
+    why = why if why.startswith("eager") else f"eager: {why}"
+    return Leapfrog(_eager(density, num_chains, cost.largest), False, why, _OVERHEAD)
+
+
+_STEP_OPERATIONS = 2
+
+
+def _eager(density: Density, num_chains: int, largest: int) -> TorchPaths:
+    on_cpu = density.layout.device.type == "cpu"
+    width = width_of(num_chains, largest) if on_cpu else num_chains
+    both, example = density.batched(width), density._points(width)
+    assert isinstance(both, fx.GraphModule)
+    paths = Paths(_gradient_of(both), both)
+    if on_cpu:
+        return TorchPaths(_without_python(paths, example), width)
+    return TorchPaths(Paths(*(_captured(m, example) for m in (paths.gradient, both))), width)
+
+
+def _gradient_of(both: fx.GraphModule) -> fx.GraphModule:
+    """The graph without its first output, and without what only that needed."""
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    value = graph.graph_copy(both.graph, copied)
+    assert isinstance(value, tuple | list)
+    graph.output(value[1])
+    graph.eliminate_dead_code()
+    return fx.GraphModule(both, graph)
+
+
+def _without_python(paths: Paths, example: Tensor) -> nn.Module:
+    """The same operations in the same order, run by TorchScript's interpreter where it can."""
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # deprecated; nothing else runs a graph so lightly
+            parts = (
+                torch.jit.trace(m, (example,), check_trace=False)
+                for m in (paths.gradient, paths.both)
+            )
+            scripted: nn.Module = torch.jit.freeze(torch.jit.script(Paths(*parts)).eval())
+            return scripted
+    except Exception:
+        return paths
+
+
+def _captured(graph: nn.Module, example: Tensor) -> nn.Module:
+    """The graph as one launch on CUDA: recorded once, replayed on a fixed input."""
+    held, side = example.clone(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.no_grad(), torch.cuda.stream(side):
+        for _ in range(3):  # libraries set themselves up in the first calls
+            graph(held)
+    torch.cuda.current_stream().wait_stream(side)
+    recorded = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(recorded):
+        output = graph(held)
+
+    def replay(q: Tensor) -> Any:
+        held.copy_(q)
+        recorded.replay()
+        if isinstance(output, Tensor):
+            return output.clone()
+        return tuple(value.clone() for value in output)
+
+    return _Call(replay)
