@@ -83,7 +83,10 @@ def convert(
     if is_datatree():
         data = arviz.from_dict(kept, coords=named, dims=listed, attrs={"/": flat})
     else:
-        data = arviz.from_dict(**kept, coords=named, dims=listed, attrs=flat)
+        with warnings.catch_warnings():
+            # Hundreds of short chains are meant.
+            warnings.filterwarnings("ignore", "More chains", UserWarning)
+            data = arviz.from_dict(**kept, coords=named, dims=listed, attrs=flat)
     if "posterior" in kept:
         data["posterior"].attrs.update(flat)
     return data

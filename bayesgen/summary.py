@@ -8,9 +8,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from bayesgen.arviz_groups import convert, labels, summarise
 from bayesgen.capabilities import Symmetric
+from bayesgen.nested import nested_r_hat
 from bayesgen.verdict import MIN_DRAWS
 
 if TYPE_CHECKING:
@@ -181,6 +183,11 @@ class Summary:
         )
         table: pd.DataFrame = summarise(data)
         table.index = [n for k, v in values.items() for n in self._labels(k, v)]
+        groups = self.fit.attrs.get("num_superchains", 0)
+        if groups > 1:  # chains too short for a plain R-hat
+            table["r_hat"] = torch.cat(
+                [nested_r_hat(v, groups).reshape(-1) for v in values.values()]
+            ).numpy()
         return table
 
     def _points(self, values: Mapping[str, Tensor]) -> pd.DataFrame:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bayesgen.arviz_groups import convert, summarise
+from bayesgen.nested import nested_r_hat
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -98,8 +99,9 @@ def judge(fit: Fit) -> Verdict:
     * draws of an approximation: Pareto :math:`\hat k \le 0.7` where the engine gave one.
 
     The noise of :math:`\hat R` is of order one over the draws of a chain: below 500 draws the
-    limit is :math:`1 + 5 / n`. Ambiguous labels are a caution: the posterior is right, the names
-    of its components are not.
+    limit is :math:`1 + 5 / n`. Of many short chains in superchains it is nested R-hat
+    (:func:`bayesgen.nested.nested_r_hat`), :math:`n` the draws of a superchain. Ambiguous labels
+    are a caution: the posterior is right, the names of its components are not.
 
     References:
         Vehtari, Gelman, Simpson, Carpenter, Bürkner (2021), Rank-normalization, folding, and
@@ -168,14 +170,17 @@ def _r_hat(fit: Fit, r_hat: pd.Series[float], passed: list[str]) -> Iterator[Fin
         return
     if not len(r_hat):
         return
-    limit = max(_R_HAT, 1.0 + 5.0 / fit.num_draws)
+    groups = fit.attrs.get("num_superchains", 0)
+    name = "nested R-hat" if groups > 1 else "R-hat"
+    draws = fit.num_draws * (fit.num_chains // groups if groups > 1 else 1)
+    limit = max(_R_HAT, 1.0 + 5.0 / draws)
     worst = float(r_hat.max())
     if worst <= limit:
-        passed.append(f"R-hat at most {worst:.3f}")
+        passed.append(f"{name} at most {worst:.3f}")
         return
     yield Finding(
         "r_hat",
-        f"R-hat is {worst:.3g} for {r_hat.idxmax()}, and above {limit:.3g} for "
+        f"{name} is {worst:.3g} for {r_hat.idxmax()}, and above {limit:.3g} for "
         f"{_entries(int((r_hat > limit).sum()))}: chains have not found the same posterior.",
         "Run longer, with more warm-up; if it stays, look at plots.trace(fit): chains in "
         "different modes need another parametrisation, a tighter prior or a better start.",
@@ -200,6 +205,9 @@ def _table(fit: Fit) -> pd.DataFrame:
         some = value.flatten(2)[..., index].cpu().numpy()
         part = summarise(convert({"posterior": {name: some}}, coords={}, dims={}))
         part.index = [f"{name}[{i}]" for i in index]
+        groups = fit.attrs.get("num_superchains", 0)
+        if groups > 1:
+            part["r_hat"] = nested_r_hat(value.flatten(2)[..., index], groups).numpy()
         tables.append(part[columns].astype(float))
     table = pd.concat(tables)
     # Quantiles of what takes few values are those values: their effective size means nothing.

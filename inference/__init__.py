@@ -12,6 +12,7 @@ __all__ = [
     "VB",
     "ClosedForm",
     "Gibbs",
+    "ManyChains",
     "calibrate_engine",
     "prior_predictive",
 ]
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from bayesgen.inference.closed_form import ClosedForm
     from bayesgen.inference.em import EM
     from bayesgen.inference.gibbs import Gibbs
+    from bayesgen.inference.many_chains import ManyChains
     from bayesgen.inference.nuts import NUTS
     from bayesgen.inference.predictive import prior_predictive
     from bayesgen.inference.svi import SVI
@@ -30,6 +32,7 @@ _HOMES = {
     "ClosedForm": "bayesgen.inference.closed_form",
     "EM": "bayesgen.inference.em",
     "Gibbs": "bayesgen.inference.gibbs",
+    "ManyChains": "bayesgen.inference.many_chains",
     "NUTS": "bayesgen.inference.nuts",
     "SVI": "bayesgen.inference.svi",
     "VB": "bayesgen.inference.vb",

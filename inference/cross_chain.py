@@ -3,13 +3,13 @@ r"""What hundreds of chains learn from each other in warm-up: metric, step size,
 **Metric.** Between two moments every chain has moved by :math:`\Delta q` and its gradient by
 :math:`\Delta g`. For a normal posterior :math:`\Delta g = -\Sigma^{-1}\Delta q` exactly, wherever
 the chains are, so that the Fisher divergence is least for
-:math:`s_i^2 = \sqrt{E \Delta q_i^2 / E \Delta g_i^2}`, and with correlations for the geometric mean
-of :math:`E\Delta q\Delta q^\top` and the inverse of :math:`E\Delta g\Delta g^\top`. Differences
+:math:`s_i^4 = E \Delta q_i^2 / E \Delta g_i^2`, and with correlations for the geometric mean of
+:math:`E\Delta q\Delta q^\top` and the inverse of :math:`E\Delta g\Delta g^\top`. Differences
 within chains see the width of a mode, not the distance between modes, and a stuck chain (no
 difference) leaves the ratio alone.
 
-**Step size.** Stochastic approximation of the acceptance rate, a mean of groups' medians: chains that
-are stuck do not set the pace.
+**Step size.** Stochastic approximation of the acceptance rate, a mean over groups of chains that
+are near the median: stuck chains do not set the pace.
 
 **Path length.** Some trajectories are scanned: after each leapfrog the correlation of
 :math:`f(q_0)` and :math:`f(q_t)` is averaged over chains, for every coordinate and its square,
@@ -23,9 +23,10 @@ and :math:`\kappa` the cost of a transition besides its leapfrogs.
 References:
     Hoffman, Radul, Sountsov (2021). An adaptive-MCMC scheme for setting trajectory lengths in
     Hamiltonian Monte Carlo.
-    Sountsov, Hoffman (2021). Focusing on difficult directions for learning HMC trajectory lengths.
-    Seyboldt, Carlson, Carpenter (2026). Preconditioning Hamiltonian Monte Carlo by minimizing Fisher
-    divergence.
+    Sountsov, Hoffman (2021). Focusing on difficult directions for learning HMC trajectory
+    lengths.
+    Seyboldt, Carlson, Carpenter (2026). Preconditioning Hamiltonian Monte Carlo by minimizing
+    Fisher divergence.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class Schedule(NamedTuple):
     @classmethod
     def of(cls, num_warmup: int) -> Schedule:
         """For ``num_warmup`` iterations."""
-        ends, scans, done = [], [], 0.0
+        ends, scans, done = list[int](), list[int](), 0.0
         for share, number in zip(_SHARES, _SCANS, strict=True):
             done += share
             end = min(num_warmup, round(done * num_warmup))
@@ -192,8 +193,8 @@ class Differences(NamedTuple):
         both = both[:, finite]
         if both.shape[1] == 0:
             return self
-        # A chain in transit moves further than all others together: no chain counts for more than 9
-        # times the median.
+        # A chain in transit moves further than all others together: no chain counts for more than
+        # 9 times the median.
         size = (
             both.square() / both.square().median(1, keepdim=True).values.clamp(min=_FLOOR)
         ).mean(-1)

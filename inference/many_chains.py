@@ -1,4 +1,4 @@
-"""Hamiltonian Monte Carlo on a traced program with hundreds of chains that learn from each other."""
+"""Hamiltonian Monte Carlo on a traced program with hundreds of chains, tuned by each other."""
 
 from __future__ import annotations
 
@@ -112,8 +112,8 @@ class ManyChains(TracedEngine[ManyState]):
         Hamiltonian Monte Carlo.
         Sountsov & Hoffman (2021). Focusing on difficult directions for learning HMC trajectory
         lengths.
-        Margossian, Hoffman, Sountsov, Riou-Durand, Vehtari & Gelman (2024). Nested R-hat: assessing
-        the convergence of Markov chain Monte Carlo when running many short chains.
+        Margossian, Hoffman, Sountsov, Riou-Durand, Vehtari & Gelman (2024). Nested R-hat:
+        assessing the convergence of Markov chain Monte Carlo when running many short chains.
 
     Args:
         num_chains: Chains.
@@ -284,7 +284,7 @@ class ManyChains(TracedEngine[ManyState]):
             )
         start, end = 0.5 * normal.square().sum(-1) - lp, 0.5 * r.square().sum(-1) - new_lp
         delta = torch.nan_to_num(start - end, nan=-torch.inf)
-        accepted = log_uniform < delta
+        accepted = _metropolis(delta, log_uniform)
         statistics = torch.stack(
             (
                 torch.where(accepted, new_lp, lp),
@@ -536,8 +536,8 @@ class ManyChains(TracedEngine[ManyState]):
         if diverging:
             messages.append(
                 f"{diverging} of {statistics['diverging'].numel()} trajectories diverged: the "
-                "posterior has a region too narrow for the step size, and the draws miss it. Raise "
-                "target_accept (0.95, 0.99), or reparametrise."
+                "posterior has a region too narrow for the step size, and the draws miss it. "
+                "Raise target_accept (0.95, 0.99), or reparametrise."
             )
         if adaptation.length * (1 + JITTER) > self.max_leapfrogs * adaptation.pace.step_size:
             messages.append(
@@ -546,6 +546,11 @@ class ManyChains(TracedEngine[ManyState]):
                 "max_leapfrogs."
             )
         return messages
+
+
+def _metropolis(delta: Tensor, log_uniform: Tensor) -> Tensor:
+    """Whether to accept, for energies that fell by ``delta``."""
+    return log_uniform < delta
 
 
 def _packed(adaptation: Adaptation) -> dict[str, Any]:

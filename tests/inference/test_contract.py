@@ -10,7 +10,7 @@ import torch
 
 from bayesgen import rng
 from bayesgen.data import as_dataset
-from bayesgen.inference import EM, NUTS, VB, ClosedForm, Gibbs
+from bayesgen.inference import EM, NUTS, VB, ClosedForm, Gibbs, ManyChains
 from bayesgen.models import PPCA, FactorAnalysis, GaussianMixture, Mixture, RobustPCA
 from bayesgen.models.families.bernoulli import Bernoulli
 from bayesgen.testing import EngineCase, engine_checks, engines
@@ -38,6 +38,7 @@ DATA = as_dataset(blobs())
 HOLES = as_dataset(holes(blobs()))
 GIBBS = {"num_chains": 2, "num_samples": 30, "num_warmup": 10}
 NUTS_SETTINGS = {"num_chains": 1, "num_samples": 60, "num_warmup": 8}  # steps: 2 and 3
+MANY = {"num_chains": 4, "num_superchains": 2, "num_samples": 30, "num_warmup": 20}
 
 
 def make(name, engine, model=None, data=DATA, **settings):
@@ -55,6 +56,7 @@ CASES = [
     make("gibbs-cut-in-warmup", lambda: Gibbs(**GIBBS), resume_after=3),
     make("gibbs-holes", lambda: Gibbs(**GIBBS), data=HOLES),
     make("nuts", lambda: NUTS(**NUTS_SETTINGS), GaussianMixture(1), resume_after=3),
+    make("many-chains", lambda: ManyChains(**MANY), GaussianMixture(1), resume_after=3),
     make("gibbs-bernoulli", lambda: Gibbs(**GIBBS), Mixture(Bernoulli(), 3), binary()),
 ]
 CASES += [
