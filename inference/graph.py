@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from bayesgen.inference.record import Aliased, RandomNumbers, record
 
-__all__ = ["capture", "compile_graph", "simplify"]
+__all__ = ["capture", "compile_graph", "gradient_alone", "simplify"]
 
 _aten = torch.ops.aten
 _SHAPE_ONLY = {
@@ -309,6 +309,17 @@ def _hashable(value: Any) -> Any:
         return tuple((k, _hashable(v)) for k, v in sorted(value.items()))
     # 1, 1.0 and True are equal to Python but not to torch
     return value if isinstance(value, fx.Node) else (type(value).__name__, repr(value))
+
+
+def gradient_alone(both: fx.GraphModule) -> fx.GraphModule:
+    """A graph of a value and its gradient without what only the value needs: the value is zero."""
+    graph, copied = fx.Graph(), dict[fx.Node, fx.Node]()
+    outputs = graph.graph_copy(both.graph, copied)
+    assert isinstance(outputs, tuple | list)
+    zero = graph.call_function(_aten.zeros.default, ([],), {"dtype": torch.float64})
+    graph.output((zero, outputs[1]))
+    graph.eliminate_dead_code()
+    return fx.GraphModule(both, graph)
 
 
 def compile_graph(graph: fx.GraphModule, *example: Tensor) -> Callable[..., Any]:

@@ -1,7 +1,7 @@
 r"""Trajectories of many chains at once: one leapfrog path of the same number of steps for all.
 
-The metric enters by a factor :math:`A` with :math:`M^{-1} = A A^\top`, so that momenta are standard
-normal. Inside a path only the gradient is needed; the density itself at its end alone.
+The metric enters by a factor :math:`A` with :math:`M^{-1} = A A^\top`, so that momenta are
+standard normal. Inside a path only the gradient is needed; the density itself at its end alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from bayesgen.inference.emit import Unsupported
-from bayesgen.inference.native import NativeDensity, aligned, pointer
+from bayesgen.inference.graph import gradient_alone
+from bayesgen.inference.native import NativeDensity, aligned, pointer, with_slope
 from bayesgen.inference.speed import cost_of, native_density
 from bayesgen.inference.trace import Density
 
@@ -94,6 +95,8 @@ class Leapfrog(NamedTuple):
 
     integrate: Callable[..., Ends]
     """``(q, r, g, factor, step_size, steps)``, see :meth:`TorchPaths.__call__`."""
+    gradient_of: Callable[[Tensor], tuple[Tensor, Tensor]]
+    """Of any number of points."""
     is_compiled: bool
     reason: str
     overhead: float
@@ -151,15 +154,15 @@ class TorchPaths:
         return zip(*(v.split(self.width) for v in values), strict=True)
 
 
+_POINTERS = ("q", "r", "g", "kick", "drift", "q_end", "r_end", "lp_end", "g_end")
+
+
 class _Arguments(ctypes.Structure):
     """``struct Paths`` of paths.cpp."""
 
     _fields_ = [
         *((name, ctypes.c_longlong) for name in ("chains", "size", "steps", "dense")),
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("q", "r", "g", "kick", "drift", "q_end", "r_end", "lp_end", "g_end")
-        ),
+        *((name, ctypes.c_void_p) for name in _POINTERS),
     ]
 
 
@@ -191,8 +194,7 @@ class NativePaths:
         q, r, g = q.contiguous(), r.contiguous(), g.contiguous()
         ends = torch.empty_like(q), torch.empty_like(q), q.new_empty(len(q)), torch.empty_like(q)
         arguments = _Arguments(len(q), q.shape[1], steps, int(is_dense))
-        names = [name for name, _ in _Arguments._fields_[4:]]
-        for name, value in zip(names, (q, r, g, kick, drift, *ends), strict=True):
+        for name, value in zip(_POINTERS, (q, r, g, kick, drift, *ends), strict=True):
             setattr(arguments, name, value.data_ptr())
         blocks = -(-len(q) // self.density.width)
         count = min(torch.get_num_threads(), blocks)
@@ -264,19 +266,21 @@ def leapfrog(
         both = density.batched(num_chains)
         paths = Paths(_Call(lambda q: both(q)[1]), _Call(both))
         why = "Pyro's own Python: the program is not traced"
-        return Leapfrog(TorchPaths(paths, num_chains), False, why, 1.0)
+        return Leapfrog(TorchPaths(paths, num_chains), both, False, why, 1.0)
     cost, why = cost_of(density.single, density, num_chains, _STEP_OPERATIONS), "compile=False"
     if compile is not False:
         start = time.perf_counter()
         try:
-            found, why = native_density(density, num_chains, cost, num_steps, compile)
+            translation = with_slope(density)
+            found, why = native_density(translation, density, num_chains, cost, num_steps, compile)
             if found is not None:
                 seconds = time.perf_counter() - start
-                return Leapfrog(NativePaths(found), True, why, _OVERHEAD, seconds)
+                return Leapfrog(NativePaths(found), found, True, why, _OVERHEAD, seconds)
         except Unsupported as error:
             why = str(error)
     why = why if why.startswith("eager") else f"eager: {why}"
-    return Leapfrog(_eager(density, num_chains, cost.largest), False, why, _OVERHEAD)
+    eager = _eager(density, num_chains, cost.largest)
+    return Leapfrog(eager, density.value_and_grad, False, why, _OVERHEAD)
 
 
 _STEP_OPERATIONS = 2
@@ -287,21 +291,22 @@ def _eager(density: Density, num_chains: int, largest: int) -> TorchPaths:
     width = width_of(num_chains, largest) if on_cpu else num_chains
     both, example = density.batched(width), density._points(width)
     assert isinstance(both, fx.GraphModule)
-    paths = Paths(_gradient_of(both), both)
+    paths = Paths(_Second(gradient_alone(both)), both)
     if on_cpu:
         return TorchPaths(_without_python(paths, example), width)
     return TorchPaths(Paths(*(_captured(m, example) for m in (paths.gradient, both))), width)
 
 
-def _gradient_of(both: fx.GraphModule) -> fx.GraphModule:
-    """The graph without its first output, and without what only that needed."""
-    graph = fx.Graph()
-    copied: dict[fx.Node, fx.Node] = {}
-    value = graph.graph_copy(both.graph, copied)
-    assert isinstance(value, tuple | list)
-    graph.output(value[1])
-    graph.eliminate_dead_code()
-    return fx.GraphModule(both, graph)
+class _Second(nn.Module):
+    """The second of a module's outputs."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, q: Tensor) -> Tensor:
+        second: Tensor = self.inner(q)[1]
+        return second
 
 
 def _without_python(paths: Paths, example: Tensor) -> nn.Module:

@@ -201,7 +201,12 @@ class ManyChains(TracedEngine[ManyState]):
     def init(self, task: Task, work: Work) -> ManyState:
         model = task.model if isinstance(task.model, Conjugate) else None
         starts = starting_points(
-            work.density, self.num_superchains, model, task.data, generator=task.generator
+            work.density,
+            self.num_superchains,
+            model,
+            task.data,
+            gradient_of=work.leapfrog.gradient_of,
+            generator=task.generator,
         )
         each = self.num_chains // self.num_superchains
         q, lp, g = (v.repeat_interleave(each, 0) for v in starts)

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from bayesgen.inference.emit import Unsupported
+from bayesgen.inference.graph import gradient_alone
 from bayesgen.inference.trace import Density
 from bayesgen.inference.translate import Translation, translate
 
-__all__ = ["NativeDensity", "aligned", "compiler", "load", "translated"]
+__all__ = ["NativeDensity", "aligned", "compiler", "load", "translated", "with_slope"]
 
 _FLAGS = (
     "-std=gnu++17 -O2 -march=native -ffp-contract=fast -fno-math-errno -fno-trapping-math "
@@ -95,9 +96,7 @@ def _library(text: str, width: int) -> ctypes.CDLL:
         raise Unsupported("there is no C++ compiler (install g++ or clang, or set CXX)")
     vectors = _vector_library(path)
     flags = [*_FLAGS, *vectors, f"-DW={width}"]
-    source = "".join(
-        (_source("lanes.cpp"), text, _source("trajectory.cpp"), _source("paths.cpp"))
-    )
+    source = "".join((_source("lanes.cpp"), text, _source("trajectory.cpp"), _source("paths.cpp")))
     key = hashlib.sha256(
         "\0".join((source, path, *flags, _machine(), *platform.libc_ver())).encode()
     ).hexdigest()[:40]
@@ -192,6 +191,28 @@ def translated(density: Density) -> Translation:
     if translation.statements > _MAX_STATEMENTS:
         raise Unsupported(f"{translation.statements} statements would take minutes to compile")
     return translation
+
+
+def with_slope(density: Density) -> Translation:
+    """The C++ of a traced density, and beside it of its gradient alone.
+
+    Raises:
+        Unsupported: As :func:`translated`.
+    """
+    both, graph = translated(density), density.single
+    assert graph is not None
+    alone = translate(gradient_alone(graph), density._points(1)[0])
+    head = (
+        f"#define SLOPE\n#define SLOPE_C {both.numbers.numel()}\n"
+        f"#define SLOPE_J {both.integers.numel()}\n"
+    )
+    return Translation(
+        f"{head}{both.text}\nnamespace slope {{\n{alone.text}\n}}\n",
+        torch.cat((both.numbers, alone.numbers)),
+        torch.cat((both.integers, alone.integers)),
+        max(both.workspace, alone.workspace),
+        both.statements + alone.statements,
+    )
 
 
 def load(translation: Translation, num_chains: int, size: int) -> NativeDensity:

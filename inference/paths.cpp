@@ -46,6 +46,10 @@ extern "C" void paths(const Paths* p, long first, long last, V* room, V* w, cons
     push(r, g, by, kick, spare, 0.5, n);
     for (long s = 0; s < p->steps; s++) {
       push(q, r, by, drift, spare, 1.0, n);
+#ifdef SLOPE
+      if (s + 1 < p->steps) slope::density(q, &lp, g, w, C + SLOPE_C, J + SLOPE_J);
+      else
+#endif
       density(q, &lp, g, w, C, J);
       push(r, g, by, kick, spare, s + 1 < p->steps ? 1.0 : 0.5, n);
     }

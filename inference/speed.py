@@ -19,6 +19,7 @@ from bayesgen.inference.machines import Machine, NativeMachine, TorchMachine
 from bayesgen.inference.native import NativeDensity, compiler, load, translated
 from bayesgen.inference.trace import Density
 from bayesgen.inference.trajectory import Metric, launch, machine
+from bayesgen.inference.translate import Translation
 
 __all__ = ["Cost", "Speed", "choose", "cost_of", "native_density"]
 
@@ -119,7 +120,9 @@ def _native(
     """Generated C++; or why not, starting with "eager" where that is faster."""
     start = time.perf_counter()
     try:
-        found, why = native_density(density, num_chains, cost, num_steps, compile)
+        found, why = native_density(
+            translated(density), density, num_chains, cost, num_steps, compile
+        )
     except Unsupported as error:
         return str(error)
     if found is None:
@@ -129,14 +132,18 @@ def _native(
 
 
 def native_density(
-    density: Density, num_chains: int, cost: Cost, num_steps: int, compile: str | bool
+    translation: Translation,
+    density: Density,
+    num_chains: int,
+    cost: Cost,
+    num_steps: int,
+    compile: str | bool,
 ) -> tuple[NativeDensity | None, str]:
     """The density in generated C++, where it pays, and why.
 
     Raises:
-        Unsupported: There is no rule for what the program does, or no compiler.
+        Unsupported: The compiler failed.
     """
-    translation = translated(density)
     build = _NATIVE + _NATIVE_STATEMENT * translation.statements
     eager, native = cost.eager(num_steps), cost.native(num_steps)
     why = (
