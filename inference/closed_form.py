@@ -15,7 +15,8 @@ from bayesgen.inference.run import Engine, Info, Task
 
 __all__ = ["ClosedForm"]
 
-_BYTES = 2**23
+# Bytes of a batch: on a processor it stays in cache between centring and multiplying.
+_BYTES, _LARGE_BYTES = 2**20, 2**26
 
 
 class Solved(NamedTuple):
@@ -45,7 +46,7 @@ class ClosedForm(Engine[Solved]):
             covariances are then divided by ``n - 1``, which is unbiased and what scikit-learn
             does. ``"likelihood"`` is the plain maximum, divided by ``n``.
         method: ``"exact"``, ``"randomised"``, or ``"auto"``: exact up to 2,000 columns.
-        batch_size: Rows of a batch; None chooses batches of a few megabytes.
+        batch_size: Rows of a batch; None chooses batches that fit the processor's cache.
         device: Where to compute.
 
     Example:
@@ -83,8 +84,8 @@ class ClosedForm(Engine[Solved]):
         return 1
 
     def prepare(self, task: Task) -> int:
-        row = 8 * task.data.num_columns
-        return self.batch_size or max(256, _BYTES // row)
+        size = _BYTES if task.device.type == "cpu" else _LARGE_BYTES
+        return self.batch_size or max(256, size // (8 * task.data.num_columns))
 
     def init(self, task: Task, work: int) -> Solved:
         return Solved({}, -torch.inf, [])

@@ -25,6 +25,8 @@ _LARGE_CHUNK = 2**28
 # Numbers of all features together up to which they are computed once and kept; beyond that, where
 # they take no more room than the rows themselves.
 _KEEP = 2**22
+# How many times as large as their rows kept features may be: values and a mask, say.
+_TIMES = 2.1
 
 
 class Source:
@@ -99,7 +101,7 @@ class Source:
         """Whether the features of all rows may be kept, judged by the first batch."""
         if self.num_rows * self.model.row_size <= _KEEP:
             return True
-        return _bytes(observed) <= rows.numel() * rows.element_size()
+        return _bytes(observed) <= _TIMES * rows.numel() * rows.element_size()
 
     def _pooled(self, model: Pooled) -> Any:
         """All rows as one observed batch, in one pass."""

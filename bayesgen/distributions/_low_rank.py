@@ -13,6 +13,7 @@ precisions are one product of their masks with the outer products of :math:`W`'s
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -40,24 +41,32 @@ def _places(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return row, column
 
 
+@cache
+def _positions(size: int, leading: int) -> tuple[int, ...]:
+    """Where each entry of a matrix lies in its packed upper triangle; numbers, for any trace."""
+    start = [i * size - i * (i + 1) // 2 for i in range(size)]
+    pairs = ((i, j) for i in range(leading) for j in range(leading))
+    return tuple(start[min(i, j)] + max(i, j) for i, j in pairs)
+
+
 def pack(matrix: Tensor) -> Tensor:
     """Upper triangles ``(..., s (s + 1) / 2)`` of symmetric matrices ``(..., s, s)``."""
-    row, column = _places(matrix.shape[-1], matrix.device)
-    return matrix[..., row, column]
+    size = matrix.shape[-1]
+    row, column = _places(size, matrix.device)
+    return matrix.flatten(-2).index_select(-1, row * size + column)
 
 
 def pack_outer(vector: Tensor) -> Tensor:
     """:func:`pack` of the outer products of vectors ``(..., s)`` with themselves."""
     row, column = _places(vector.shape[-1], vector.device)
-    return vector[..., row] * vector[..., column]
+    return vector.index_select(-1, row) * vector.index_select(-1, column)
 
 
-def unpack(packed: Tensor, size: int) -> Tensor:
-    """The inverse of :func:`pack`."""
-    row, column = _places(size, packed.device)
-    index = torch.empty((size, size), dtype=torch.long, device=packed.device)
-    index[row, column] = index[column, row] = torch.arange(len(row), device=packed.device)
-    return packed[..., index]
+def unpack(packed: Tensor, size: int, leading: int | None = None) -> Tensor:
+    """The inverse of :func:`pack`; or only the first ``leading`` rows and columns."""
+    part = size if leading is None else leading
+    index = torch.tensor(_positions(size, part), device=packed.device)
+    return packed.index_select(-1, index).unflatten(-1, (part, part))
 
 
 def _eye(like: Tensor, size: int) -> Tensor:

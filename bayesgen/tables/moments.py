@@ -91,6 +91,8 @@ class ColumnSummary:
 def _summarise_block(block: Tensor, columns: tuple[str, ...]) -> ColumnSummary:
     """Two passes over one block of rows, with the rounding of the mean corrected."""
     x = block.to(torch.float64)
+    if len(x) and bool(x.sum().isfinite()):
+        return _summarise_complete(x, columns)
     observed = ~x.isnan()
     count = observed.sum(0).to(torch.float64)
     low = torch.where(observed, x, torch.inf).amin(0)
@@ -108,6 +110,27 @@ def _summarise_block(block: Tensor, columns: tuple[str, ...]) -> ColumnSummary:
         sum_squares=sum_squares.clamp(min=0.0),
         min=low,
         max=torch.where(observed, x, -torch.inf).amax(0),
+    )
+
+
+def _summarise_complete(x: Tensor, columns: tuple[str, ...]) -> ColumnSummary:
+    """The same without gaps, where sums over rows are products with ones: several times faster."""
+    n = float(len(x))
+    ones = x.new_ones(len(x))
+    low, high = torch.aminmax(x, dim=0)
+    deviation = x - low
+    shift = ones @ deviation / n
+    deviation -= shift
+    residual = ones @ deviation
+    sum_squares = ones @ deviation.square() - residual.square() / n
+    return ColumnSummary(
+        columns=columns,
+        count=torch.full_like(low, n),
+        origin=low,
+        shift=shift + residual / n,
+        sum_squares=sum_squares.clamp(min=0.0),
+        min=low,
+        max=high,
     )
 
 

@@ -48,9 +48,17 @@ class SchemaScan:
     def update(self, raw: RawTable) -> None:
         """Take in the next rows."""
         check_finite(raw, self.names, self.num_rows)
-        observed = ~raw.values.isnan()
-        counts = observed.sum(0).tolist()
-        negative = (raw.values < 0).any(0).tolist()
+        values, n = raw.values, len(raw.values)
+        # A finite sum proves that nothing is missing.
+        if n and bool(values.sum().isfinite()):
+            observed = torch.ones((), dtype=torch.bool).expand(values.shape)
+            counts = [n] * len(self.names)
+        else:
+            observed = ~values.isnan()
+            counts = observed.sum(0).tolist()
+        # The sign says nothing of columns that are real in any case.
+        plain = set(raw.types) == {"real"} and set(self.kinds.values()) <= {"real"}
+        negative = [False] * len(counts) if plain else (values < 0).any(0).tolist()
         for i, name in enumerate(self.names):
             if counts[i] == 0:
                 continue

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from bayesgen import rng
-from bayesgen.distributions._low_rank import pack, unpack
+from bayesgen.distributions._low_rank import pack, pack_outer, unpack
 
 if TYPE_CHECKING:
     from bayesgen.capabilities import Tensors
@@ -62,9 +62,10 @@ class _Parts(NamedTuple):
 
 
 def _parts(packed: Tensor, size: int) -> _Parts:
-    matrix = unpack(packed, size)
-    q = size - 1
-    return _Parts(matrix[..., :q, :q], matrix[..., :q, q], matrix[..., q, q])
+    # Upper triangles row by row: the last entry of each row belongs to the mean.
+    last = (size - torch.arange(size - 1, device=packed.device)).cumsum(0) - 1
+    latent = unpack(packed, size, leading=size - 1)
+    return _Parts(latent, packed.index_select(-1, last), packed[..., -1])
 
 
 def _precision(gram: Tensor) -> Tensor:
@@ -75,6 +76,18 @@ def _precision(gram: Tensor) -> Tensor:
 
 def _log_diagonal(tril: Tensor) -> Tensor:
     return tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+
+def _times(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right`` for rows ``(n, d)`` and ``(..., d, k)``, as one product of two matrices.
+
+    A batched product of the same numbers takes several times as long.
+    """
+    if left.dim() > 2 or right.dim() == 2:
+        return left @ right
+    lead, (d, k) = right.shape[:-2], right.shape[-2:]
+    folded = right.reshape(-1, d, k).movedim(0, 1).reshape(d, -1)
+    return (left @ folded).reshape(len(left), -1, k).movedim(1, 0).reshape(*lead, len(left), k)
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:
@@ -192,37 +205,25 @@ class _Posterior(NamedTuple):
     tril: Tensor
     """Cholesky factor of their precision, ``(..., n, q, q)``; ``n = 1`` where all rows share it.
     """
-    constant: Tensor
-    """Log normalisers of the rows and their latents, ``(..., n)``."""
-    distance: Tensor
-    """Expected squared distances of the rows from the model, in units of the noise."""
-    size: Tensor
-    """Observed entries of each row, ``(n,)`` or ``()``."""
+    explained: Tensor
+    """What the latents take off the rows' squared distances, less the means', ``(..., n)``."""
 
 
 def _posterior(rows: Rows, message: Tensors) -> _Posterior:
     size, dtype = message["linear"].shape[-1], rows.values.dtype
-    q, values = size - 1, rows.values
-    linear, packed = message["linear"].to(dtype), message["gram"].to(dtype)
-    constant = 0.5 * (message["log_precision"] - _LOG_2PI).to(dtype)
+    q, packed = size - 1, message["gram"].to(dtype)
+    pull = _times(rows.values, message["linear"][..., :q].to(dtype))
     if rows.weight is None:
         gram = _parts(packed.sum(-2, keepdim=True), size)
-        constant = constant.sum(-1, keepdim=True)
-        count = torch.full((), float(values.shape[-1]), dtype=dtype, device=values.device)
-    else:
-        gram = _parts(rows.weight @ packed, size)
-        constant = (rows.weight @ constant.unsqueeze(-1)).squeeze(-1)
-        count = rows.weight.sum(-1)
-    tril = _precision(gram.latent)
-    pull = values @ linear[..., :q] - gram.cross
-    if rows.weight is None:
+        tril = _precision(gram.latent)
+        pull = pull - gram.cross
         mean = torch.cholesky_solve(pull.mT, tril.squeeze(-3)).mT
     else:
+        gram = _parts(_times(rows.weight, packed), size)
+        tril = _precision(gram.latent)
+        pull = pull - gram.cross
         mean = torch.cholesky_solve(pull.unsqueeze(-1), tril).squeeze(-1)
-    square = (values.square() @ message["precision"].to(dtype).unsqueeze(-1)).squeeze(-1)
-    along = (values @ linear[..., q:]).squeeze(-1)
-    distance = square - 2.0 * along + gram.mean - (pull * mean).sum(-1)
-    return _Posterior(mean, tril, constant - _log_diagonal(tril), distance, count)
+    return _Posterior(mean, tril, (pull * mean).sum(-1) - gram.mean)
 
 
 def from_rows(
@@ -236,71 +237,103 @@ def from_rows(
     ``log u``, and ``log u`` times half the number of observed entries and latents.
     """
     found = _posterior(rows, message)
-    shape = found.distance.shape
     if "df" in message:
-        scores, scale, log_scale = _scales(found, message, generator)
-        volume = 0.5 * (found.size + found.mean.shape[-1]) * log_scale
-        sums = (torch.ones_like(scale), scale, log_scale, volume)
-        names = ("rows", "scale", "log_scale", "volume")
-        own = {k: v.double().sum(-1, keepdim=True) for k, v in zip(names, sums, strict=True)}
-    else:
-        scores, scale, own = found.constant - 0.5 * found.distance, None, {}
-    mean = found.mean
-    if generator is not None:
-        noise = rng.standard_normal(mean.shape, generator, dtype=mean.dtype, device=mean.device)
-        noise = noise if scale is None else noise * scale.rsqrt().unsqueeze(-1)
-        step = torch.linalg.solve_triangular(found.tril.mT, noise.unsqueeze(-1), upper=True)
-        mean = mean + step.squeeze(-1)
-    weight = torch.ones(shape, dtype=mean.dtype, device=mean.device) if scale is None else scale
+        return _scaled(rows, message, found, generator)
+    mean = found.mean if generator is None else _draw(found, None, generator)
     covariance = torch.cholesky_inverse(found.tril) if generator is None else None
-    statistics = {**_moments(rows, mean, weight, covariance), **own}
-    return Latents(statistics, scores.double().sum(-1))
+    one = torch.ones_like(mean[..., :1])
+    statistics = _moments(rows, mean, one, covariance)
+    lead = mean.shape[:-2]
+    statistics["square"] = rows.square.expand(*lead, -1)
+    statistics["count"] = rows.observed.expand(*lead, -1)
+    distance = (
+        message["precision"] * rows.square - 2.0 * message["linear"][..., -1] * rows.total
+    ).sum(-1) - found.explained.double().sum(-1)
+    normaliser = (0.5 * (message["log_precision"] - _LOG_2PI) * rows.observed).sum(-1)
+    n = mean.shape[-2] if rows.weight is None else 1
+    log_det = n * _log_diagonal(found.tril).double().sum(-1)
+    return Latents(statistics, normaliser - 0.5 * distance - log_det)
+
+
+def _draw(found: _Posterior, scale: Tensor | None, generator: torch.Generator) -> Tensor:
+    """Latents drawn from their posterior, given the rows' scales."""
+    mean = found.mean
+    noise = rng.standard_normal(mean.shape, generator, dtype=mean.dtype, device=mean.device)
+    noise = noise if scale is None else noise * scale.rsqrt().unsqueeze(-1)
+    step = torch.linalg.solve_triangular(found.tril.mT, noise.unsqueeze(-1), upper=True)
+    return mean + step.squeeze(-1)
 
 
 def _moments(
     rows: Rows, mean: Tensor, scale: Tensor, covariance: Tensor | None
 ) -> dict[str, Tensor]:
-    """Statistics of latents ``mean`` whose covariance is ``covariance / scale``, zero for None."""
-    lead, (n, d) = mean.shape[:-2], rows.values.shape[-2:]
-    scaled = scale.unsqueeze(-1) * mean
-    one = scale.unsqueeze(-1)
+    """Second moments of latents ``mean`` whose covariance is ``covariance / scale (..., n, 1)``.
+
+    No covariance counts as none.
+    """
+    scaled = scale * mean
     if rows.weight is None:
         outer = scaled.mT @ mean
         if covariance is not None:
-            outer = outer + n * covariance.squeeze(-3)
-        latent = _second(outer.double(), scaled.double().sum(-2), scale.double().sum(-1))
+            outer = outer + mean.shape[-2] * covariance.squeeze(-3)
+        sums = scaled.double().sum(-2), scale.double().sum((-2, -1))
+        latent = _second(outer.double(), *sums)
         second = latent.unsqueeze(-2)
-        count = torch.full((), float(n), dtype=torch.float64, device=mean.device)
     else:
-        outer = _outer(scaled, mean)
+        packed = pack_outer(torch.cat([mean, torch.ones_like(scale)], -1)) * scale
         if covariance is not None:
-            outer = outer + covariance
-        packed = _second(outer, scaled, scale)
-        second, latent = (rows.weight.mT @ packed).double(), packed.double().sum(-2)
-        count = rows.weight.double().sum(-2)
-    square = one.mT @ rows.values.square()
-    return {
-        "second": second,
-        "latent": latent,
-        "cross": (rows.values.mT @ torch.cat([scaled, one], -1)).double(),
-        "square": square.squeeze(-2).double(),
-        "count": count.expand(*lead, d),
-    }
+            packed = packed + pack(torch.nn.functional.pad(covariance, (0, 1, 0, 1)))
+        second = _times(rows.weight.mT, packed).double()
+        latent = packed.double().sum(-2)
+    cross = _times(rows.values.mT, torch.cat([scaled, scale], -1)).double()
+    return {"second": second, "latent": latent, "cross": cross}
 
 
-def _scales(
-    found: _Posterior, message: Tensors, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores of rows under a Student-t; and their local scales with logarithms: means or draws."""
-    dtype = found.distance.dtype
-    df, constant = message["df"].to(dtype), message["df_constant"].to(dtype)
-    power, rate = 0.5 * (df + found.size), 0.5 * (df + found.distance.clamp_min(0.0))
-    power = power.expand(rate.shape)
-    scores = found.constant + constant + torch.lgamma(power) - power * rate.log()
+def _scaled(
+    rows: Rows, message: Tensors, found: _Posterior, generator: torch.Generator | None
+) -> Latents:
+    """Rows with scales of their own, whose law given the row is a Gamma."""
+    dtype, q = rows.values.dtype, found.mean.shape[-1]
+    square = rows.values.square()
+    precision, along = message["precision"].to(dtype), message["linear"][..., -1:].to(dtype)
+    distance = _times(square, precision.unsqueeze(-1)) - 2.0 * _times(rows.values, along)
+    distance = (distance.squeeze(-1) - found.explained).clamp_min(0.0)
+    constant = 0.5 * (message["log_precision"] - _LOG_2PI).to(dtype)
+    if rows.weight is None:
+        constant = constant.sum(-1, keepdim=True)
+        size = distance.new_full((), float(rows.values.shape[-1]))
+    else:
+        constant = _times(rows.weight, constant.unsqueeze(-1)).squeeze(-1)
+        size = rows.weight.sum(-1)
+    df = message["df"].to(dtype)
+    power, rate = (0.5 * (df + size)).expand(distance.shape), 0.5 * (df + distance)
+    scores = (
+        constant
+        - _log_diagonal(found.tril)
+        + message["df_constant"].to(dtype)
+        + torch.lgamma(power)
+        - power * rate.log()
+    )
     if generator is None:
-        return scores, power / rate, torch.digamma(power) - rate.log()
-    log_scale = rng.log_gamma_sample(power, generator) - rate.log()
-    return scores, log_scale.exp(), log_scale
+        scale, log_scale = power / rate, torch.digamma(power) - rate.log()
+        mean, covariance = found.mean, torch.cholesky_inverse(found.tril)
+    else:
+        log_scale = rng.log_gamma_sample(power, generator) - rate.log()
+        scale = log_scale.exp()
+        mean, covariance = _draw(found, scale, generator), None
+    sums = {
+        "rows": torch.ones_like(scale),
+        "scale": scale,
+        "log_scale": log_scale,
+        "volume": 0.5 * (size + q) * log_scale,
+    }
+    statistics = {
+        **_moments(rows, mean, scale.unsqueeze(-1), covariance),
+        "square": (scale.unsqueeze(-2) @ square).squeeze(-2).double(),
+        "count": rows.observed.expand(*scale.shape[:-1], -1),
+        **{name: value.double().sum(-1, keepdim=True) for name, value in sums.items()},
+    }
+    return Latents(statistics, scores.double().sum(-1))
 
 
 def inner(message: Tensors, statistics: Mapping[str, Tensor]) -> Tensor:

@@ -72,14 +72,28 @@ class Rows(NamedTuple):
     """``(n, d)``, zero where missing."""
     weight: Tensor | None
     """``(n, d)`` one where observed, zero where missing; None when all are complete."""
+    total: Tensor
+    """Sum of each column, ``(d,)``."""
+    square: Tensor
+    """Sum of squares of each column, ``(d,)``."""
+    observed: Tensor
+    """Observed entries of each column, ``(d,)``."""
 
 
 def sum_rows(centred: Tensor, dtype: torch.dtype, *, is_root: bool) -> Sums:
     """Sums of complete rows ``(b, d)`` in float64, multiplied in ``dtype``, added in float64."""
     rows = centred.to(dtype)
-    matrix = rows if is_root else rows.mT @ rows
+    matrix = rows if is_root else _gram(rows)
     count = torch.tensor(float(len(centred)), dtype=torch.float64, device=centred.device)
     return Sums(count, centred.sum(0), matrix.double(), is_root)
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """``rows.T @ rows``; numpy computes only half of the symmetric product, torch all of it."""
+    if rows.device.type != "cpu":
+        return rows.mT @ rows
+    array = rows.numpy()
+    return torch.from_numpy(array.T @ array)
 
 
 def pool(left: Sums, right: Sums) -> Sums:
@@ -92,8 +106,14 @@ def pool(left: Sums, right: Sums) -> Sums:
 
 
 def take_rows(centred: Tensor, dtype: torch.dtype, *, complete: bool) -> Rows:
-    """Rows ``(b, d)`` with their gaps, in ``dtype``."""
+    """Rows ``(b, d)`` with their gaps, in ``dtype``; sums are kept in float64."""
     if complete:
-        return Rows(centred.to(dtype), None)
-    missing = centred.isnan()
-    return Rows(centred.masked_fill(missing, 0.0).to(dtype), (~missing).to(dtype))
+        filled, weight = centred, None
+        count = centred.new_full((), float(centred.shape[-2])).expand(centred.shape[-1])
+    else:
+        weight = (centred == centred).to(dtype)
+        filled = centred.nan_to_num(nan=0.0)
+        count = (weight.new_ones((1, weight.shape[-2])) @ weight).double().squeeze(-2)
+    values, one = filled.to(dtype), filled.new_ones((1, filled.shape[-2]))
+    total, square = (one @ filled).squeeze(-2), (one @ filled.square()).squeeze(-2)
+    return Rows(values, weight, total, square, count)
