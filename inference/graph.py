@@ -322,8 +322,16 @@ def gradient_alone(both: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(both, graph)
 
 
-def compile_graph(graph: fx.GraphModule, *example: Tensor) -> Callable[..., Any]:
+def compile_graph(
+    graph: fx.GraphModule, *example: Tensor, cpp_wrapper: bool = False
+) -> Callable[..., Any]:
     """Compile by Inductor, without Dynamo's guards; needs a C++ compiler on CPU.
+
+    Args:
+        graph: To compile.
+        example: Arguments of the shapes and strides that it will be called with.
+        cpp_wrapper: Whether the calls between kernels are C++ as well: no Python is left, and
+            compiling takes longer.
 
     Raises:
         RuntimeError: No compiler, or one that fails; the eager graph then does the work.
@@ -332,6 +340,9 @@ def compile_graph(graph: fx.GraphModule, *example: Tensor) -> Callable[..., Any]
         warnings.simplefilter("ignore")  # torch deprecates parts of itself as it imports them
         from torch._inductor import compile as inductor
 
-        compiled: Callable[..., Any] = inductor(graph, list(example))
+        for node in graph.graph.nodes:
+            node.meta.clear()  # what tracing left there makes the C++ wrapper fail
+        options = {"cpp_wrapper": True} if cpp_wrapper else {}
+        compiled: Callable[..., Any] = inductor(graph, list(example), options=options)
         compiled(*example)
     return compiled

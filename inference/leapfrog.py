@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from bayesgen.inference.cost import cost_of
 from bayesgen.inference.emit import Unsupported
 from bayesgen.inference.graph import gradient_alone
 from bayesgen.inference.native import NativeDensity, aligned, pointer, with_slope
-from bayesgen.inference.speed import cost_of, native_density
+from bayesgen.inference.speed import native_density
 from bayesgen.inference.trace import Density
 
 __all__ = ["Leapfrog", "NativePaths", "Paths", "TorchPaths", "leapfrog", "width_of"]
@@ -267,7 +268,12 @@ def leapfrog(
         paths = Paths(_Call(lambda q: both(q)[1]), _Call(both))
         why = "Pyro's own Python: the program is not traced"
         return Leapfrog(TorchPaths(paths, num_chains), both, False, why, 1.0)
-    cost, why = cost_of(density.single, density, num_chains, _STEP_OPERATIONS), "compile=False"
+    cost, why = (
+        cost_of(
+            density.single, density._points(1)[0], copies=num_chains, operations=_STEP_OPERATIONS
+        ),
+        "compile=False",
+    )
     if compile is not False:
         start = time.perf_counter()
         try:

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 __all__ = ["Branches", "Drawn", "Fed", "Hidden", "NoiseSize", "Tape"]
 
@@ -46,6 +45,10 @@ class _Source(ABC):
     def size(self) -> NoiseSize:
         """What was given so far."""
         return NoiseSize(self.num_normals, self.num_uniforms)
+
+    def empty(self, size: Sequence[int], options: dict[str, Any]) -> Tensor:
+        """Memory that a sampler may fill."""
+        return torch.empty(tuple(size), **options)
 
     @abstractmethod
     def normal(self, shape: Sequence[int], like: Tensor) -> Tensor:
@@ -85,6 +88,11 @@ class Fed(_Source):
         super().__init__()
         self.normals, self.uniforms = normals, uniforms
 
+    def empty(self, size: Sequence[int], options: dict[str, Any]) -> Tensor:
+        # As an operation on an input, so that what is written into it is followed.
+        kept = {k: v for k, v in options.items() if k in ("dtype", "device")}
+        return self.normals.new_empty(tuple(size), **kept)
+
     def normal(self, shape: Sequence[int], like: Tensor) -> Tensor:
         start, self.num_normals = self.num_normals, self.num_normals + math.prod(shape)
         return self.normals[start : self.num_normals].reshape(tuple(shape)).to(like.dtype)
@@ -119,6 +127,8 @@ class Tape(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is _aten.empty.memory_format:
+            return self.source.empty(args[0], kwargs)
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
         if kwargs.get("generator") is not None:  # noise that comes from outside already
@@ -146,7 +156,7 @@ class Branches(TorchDispatchMode):
     ) -> Any:
         if func is not _aten._local_scalar_dense.default:
             return func(*args, **(kwargs or {}))
-        with disable_proxy_modes_tracing():
+        with _disable_current_modes():
             value = func(*args)
         self._changed.append((args[0] != value).reshape(()))
         return value

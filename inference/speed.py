@@ -11,8 +11,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
+from bayesgen.inference.cost import Cost, cost_of
 from bayesgen.inference.emit import Unsupported
 from bayesgen.inference.graph import capture, compile_graph, simplify
 from bayesgen.inference.machines import Machine, NativeMachine, TorchMachine
@@ -21,16 +22,12 @@ from bayesgen.inference.trace import Density
 from bayesgen.inference.trajectory import Metric, launch, machine
 from bayesgen.inference.translate import Translation
 
-__all__ = ["Cost", "Speed", "choose", "cost_of", "native_density"]
+__all__ = ["Speed", "choose", "native_density"]
 
 Gradient = Callable[[Tensor], tuple[Tensor, Tensor]]
 
-# Seconds on one core of a 2024 server: an eager operation, one of its elements, a multiplication
-# in a matrix product; generated C++ to compile, at all and for each statement; and Inductor, at
-# all and for each operation.
-_OPERATION, _ELEMENT, _PRODUCT = 4e-6, 0.5e-9, 0.3e-9
+# Seconds on one core of a 2024 server to compile generated C++, at all and for each statement.
 _NATIVE, _NATIVE_STATEMENT = 0.25, 1e-3
-_COMPILE, _COMPILE_OPERATION = 8.0, 0.02
 _MACHINE_OPERATIONS = 130
 _MAX_OPERATIONS = 4000  # unrolled loops: minutes in Inductor
 
@@ -43,31 +40,6 @@ class Speed(NamedTuple):
     is_compiled: bool
     reason: str
     seconds: float | None = None
-
-
-class Cost(NamedTuple):
-    """What a step does: operations, elements computed, multiplications in matrix products."""
-
-    operations: int
-    elements: float
-    products: float
-    largest: int
-    """Elements of the largest value of one vector."""
-
-    def eager(self, steps: int) -> float:
-        """Seconds of a run by eager operations."""
-        one = _OPERATION * self.operations + _ELEMENT * self.elements + _PRODUCT * self.products
-        return steps * one
-
-    def compiled(self, steps: int) -> float:
-        """Seconds of the same run after compiling by Inductor."""
-        one = 0.15 * _OPERATION * self.operations + 0.5 * _ELEMENT * self.elements
-        return steps * (one + _PRODUCT * self.products)
-
-    def native(self, steps: int) -> float:
-        """Seconds of the same run in generated C++."""
-        one = 0.01 * _OPERATION * self.operations + 0.5 * _ELEMENT * self.elements
-        return steps * (one + _PRODUCT * self.products)
 
 
 def choose(
@@ -94,7 +66,9 @@ def choose(
         return _eager(density, table, num_chains, why)
     if compile is False:
         return _eager(density, table, num_chains, "eager: compile=False")
-    cost = cost_of(density.single, density, num_chains, _MACHINE_OPERATIONS)
+    cost = cost_of(
+        density.single, density._points(1)[0], copies=num_chains, operations=_MACHINE_OPERATIONS
+    )
     native = _native(density, num_chains, cost, num_steps, compile)
     if isinstance(native, Speed):
         return native
@@ -201,44 +175,10 @@ def _example(
     return tuple(v.clone() for v in (*chains, *metric, points, uniform))
 
 
-def cost_of(graph: fx.GraphModule, density: Density, num_chains: int, operations: int) -> Cost:
-    """Of one leapfrog step of all chains, from the graph of one vector.
-
-    Args:
-        graph: Of one vector.
-        density: Whose graph it is.
-        num_chains: Chains in one call.
-        operations: Those of a step beside the graph's.
-    """
-    elements, products, largest = 0.0, 0.0, 0
-    values: dict[fx.Node, object] = {}
-
-    class Sizes(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> object:
-            values[n] = super().run_node(n)
-            return values[n]
-
-    with torch.no_grad():
-        Sizes(graph).run(density._points(1)[0])
-    for node in graph.graph.nodes:
-        value = values.get(node)
-        if node.op != "call_function" or not isinstance(value, Tensor):
-            continue
-        operations += 1
-        largest = max(largest, value.numel())
-        if node.target in _PRODUCTS:
-            inner = values[node.all_input_nodes[-1]]
-            shared = inner.shape[-2 if inner.ndim > 1 else 0] if isinstance(inner, Tensor) else 1
-            products += value.numel() * shared
-        else:
-            elements += value.numel()
-    return Cost(operations, num_chains * elements, num_chains * products, largest)
-
-
 def _pays(cost: Cost, num_steps: int) -> tuple[bool, str]:
     """Whether compiling by Inductor does."""
     eager, compiled = cost.eager(num_steps), cost.compiled(num_steps)
-    build = _COMPILE + _COMPILE_OPERATION * cost.operations
+    build = cost.build()
     why = (
         f"{num_steps} steps of {cost.operations} operations would take about {eager:.1f} s "
         f"eagerly and {compiled:.1f} s compiled, after {build:.0f} s of compiling"
@@ -247,11 +187,3 @@ def _pays(cost: Cost, num_steps: int) -> tuple[bool, str]:
         return False, f"eager: {cost.operations} operations would take minutes to compile"
     pays = compiled + build < 0.8 * eager
     return pays, why if pays else f"eager: {why}"
-
-
-_PRODUCTS = {
-    torch.ops.aten.mm.default,
-    torch.ops.aten.bmm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten.mv.default,
-}

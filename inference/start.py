@@ -11,7 +11,7 @@ from torch import Tensor
 from bayesgen.inference.complaints import ProgramError
 from bayesgen.inference.trace import Density
 
-__all__ = ["starting_points"]
+__all__ = ["conjugate_values", "starting_points"]
 
 Gradient = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -102,23 +102,31 @@ def _uniform(density: Density, num_chains: int, generator: torch.Generator) -> T
     return _RADIUS * (2 * raw - 1)
 
 
-def _from_model(
-    density: Density, num_chains: int, model: Any, data: Any, generator: torch.Generator
-) -> Tensor | None:
+def conjugate_values(
+    model: Any, data: Any, count: int, generator: torch.Generator
+) -> dict[str, Tensor] | None:
+    """Sites ``(count, *event)`` drawn given ``count`` random guesses of the latents of rows."""
     try:
         blocks = model.blocks
     except TypeError:  # under a prior of another kind there is no conjugate draw to start from
         return None
-    rows = data.tensor(torch.float64, density.layout.device)
+    rows = data.tensor(torch.float64, generator.device)
     if len(rows) > _ROWS:
         rows = rows[torch.randperm(len(rows), generator=generator, device=rows.device)[:_ROWS]]
-    statistics = model.start(rows, num_batch=num_chains, generator=generator)
+    statistics = model.start(rows, num_batch=count, generator=generator)
     drawn = {
         name: dict(block.draw(statistics[name], None, generator=generator))
         for name, block in blocks.items()
     }
-    values = model.export(drawn)
-    if any(site.name not in values for site in density.layout.sites):
+    values: dict[str, Tensor] = model.export(drawn)
+    return values
+
+
+def _from_model(
+    density: Density, num_chains: int, model: Any, data: Any, generator: torch.Generator
+) -> Tensor | None:
+    values = conjugate_values(model, data, num_chains, generator)
+    if values is None or any(site.name not in values for site in density.layout.sites):
         return None
     chains = [{k: v[c] for k, v in values.items()} for c in range(num_chains)]
     points = torch.stack([density.unconstrain(chain) for chain in chains])

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
+from bayesgen import rng
 from bayesgen.capabilities import Model, Program
 from bayesgen.inference.checks import check_choice, check_settings
 from bayesgen.inference.complaints import ProgramError
+from bayesgen.inference.cost import Cost, cost_of
 from bayesgen.inference.guides import check_guide, describe
 from bayesgen.inference.minibatch import begin
 from bayesgen.inference.optimizers import OPTIMIZERS, Constant, Optimizer, Schedule
@@ -21,6 +23,7 @@ from bayesgen.inference.program import arguments
 from bayesgen.inference.run import Engine, Info, Task
 from bayesgen.inference.svi_draws import mean_and_error
 from bayesgen.inference.svi_finish import End, finish
+from bayesgen.inference.svi_machine import Machine, Steps
 from bayesgen.inference.svi_setup import (
     Setup,
     conjugate_start,
@@ -30,7 +33,6 @@ from bayesgen.inference.svi_setup import (
 )
 from bayesgen.inference.svi_step import (
     Traced,
-    Update,
     draw_noise,
     make_update,
     particles,
@@ -41,7 +43,8 @@ from bayesgen.inference.trained import TrainedProgram
 
 __all__ = ["SVI"]
 
-_BLOCK = 50  # optimiser steps of one step of the loop
+_BLOCK = 48  # optimiser steps of one step of the loop
+_OPTIMIZER_OPERATIONS = 25  # of the optimiser and the average
 _AVERAGING = 2.0  # the average is of about the last third of the iterates
 _MIN_THRESHOLD = 0.05  # nats
 _WATCHED = 2000  # parameters up to which iterates are watched: networks never settle
@@ -72,7 +75,7 @@ class Work(NamedTuple):
 
     setup: Setup
     traced: Traced
-    update: Update
+    machine: Machine
 
 
 @final
@@ -121,6 +124,8 @@ class SVI(Engine[SVIState]):
         tolerance: Rise of the bound that matters, in nats a row (at least 0.05 nats in all).
         num_samples: Draws from the guide that the fit holds.
         local_latents: Whether latents of single rows are kept among the draws.
+        compile: Whether steps are compiled: True, False, or ``"auto"``: once the steps done have
+            cost as much as compiling would, if enough of them may follow.
         trace: False runs by Pyro's own Python, to compare with.
         dtype: Default dtype of program and guide; neural networks usually want ``torch.float32``.
         device: Where to compute.
@@ -149,6 +154,7 @@ class SVI(Engine[SVIState]):
     tolerance: float = 1e-4
     num_samples: int = 1000
     local_latents: bool = False
+    compile: str | bool = "auto"
     trace: bool = True
     dtype: torch.dtype = torch.float64
     device: str = "cpu"
@@ -166,6 +172,10 @@ class SVI(Engine[SVIState]):
         check_choice("SVI", "objective", self.objective, _OBJECTIVES)
         if isinstance(self.optimizer, str):
             check_choice("SVI", "optimizer", self.optimizer, tuple(OPTIMIZERS))
+        if self.compile not in (True, False, "auto"):
+            raise ValueError(
+                f"SVI: compile={self.compile!r}, but it must be True, False or 'auto'."
+            )
         if self.max_norm is not None and not 0.0 < self.max_norm < math.inf:
             raise ValueError(f"SVI: max_norm={self.max_norm!r}, but it must be None or positive.")
         if not math.isfinite(self.alpha) or (self.objective == "renyi" and self.alpha == 1.0):
@@ -220,7 +230,7 @@ class SVI(Engine[SVIState]):
 
     @property
     def max_steps(self) -> int:
-        """Blocks of 50 optimiser steps."""
+        """Blocks of 48 optimiser steps."""
         return math.ceil(self.num_steps / _BLOCK)
 
     # ------------------------------------------------------------ what it works on
@@ -271,7 +281,30 @@ class SVI(Engine[SVIState]):
         else:
             bound = particles(traced.graph, self.num_particles, self._order)
         update = make_update(bound, self._optimizer, self.max_norm, setup.feed)
-        return Work(setup, traced, update)
+        machine = Machine(
+            update,
+            num_moving=2 + len(self._optimizer.slots),
+            num_indices=setup.feed.num_indices,
+            cost=self._cost(setup, traced),
+            compile=self.compile,
+            max_steps=self.num_steps,
+        )
+        return Work(setup, traced, machine)
+
+    def _cost(self, setup: Setup, traced: Traced) -> Cost | None:
+        """Of one step: the gradient of every particle, and the optimiser."""
+        if traced.graph is None:
+            return None
+        flat, generator = setup.pair.start(), rng.make_generator(0, setup.pair.device)
+        noise = draw_noise(traced.noise, (), setup.pair, generator)
+        return cost_of(
+            traced.graph,
+            flat,
+            *noise,
+            *setup.example(),
+            copies=self.num_particles,
+            operations=_OPTIMIZER_OPERATIONS,
+        )
 
     def init(self, task: Task, work: Work) -> SVIState:
         params = work.setup.pair.start()
@@ -294,21 +327,15 @@ class SVI(Engine[SVIState]):
     # ------------------------------------------------------------ steps
     def step(self, task: Task, work: Work, state: SVIState) -> tuple[SVIState, Info]:
         count = min(_BLOCK, self.num_steps - state.num_steps)
-        scalars = self._scalars(state.num_steps, count, state.params)
-        noise = draw_noise(
+        normals, uniforms = draw_noise(
             work.traced.noise, (count, self.num_particles), work.setup.pair, task.generator
         )
         indices, data, places = self._rows(task, work, state, count)
-        params, average, slots = state.params, state.average, [*state.slots.values()]
-        seen = []
-        with torch.no_grad():
-            for k in range(count):
-                now = [index[k] for index in indices]
-                numbers, params, average, *slots = work.update(
-                    params, average, scalars[k], noise[0][k], noise[1][k], *slots, *now, *data
-                )
-                seen.append(numbers)
-        return self._after(work, state, torch.stack(seen), params, average, slots, places)
+        scalars = self._scalars(state.num_steps, count, state.params)
+        steps = Steps(scalars, normals, uniforms, tuple(indices), data)
+        moving = (state.params, state.average, *state.slots.values())
+        numbers, moved = work.machine.run(state.num_steps, moving, steps)
+        return self._after(work, state, numbers, moved, places)
 
     def _scalars(self, done: int, count: int, like: Tensor) -> Tensor:
         """Learning rate, corrections of the optimiser, share of the iterate in the average."""
@@ -341,9 +368,7 @@ class SVI(Engine[SVIState]):
         work: Work,
         state: SVIState,
         numbers: Tensor,
-        params: Tensor,
-        average: Tensor,
-        slots: Any,
+        moved: tuple[Tensor, ...],
         places: list[dict[str, int]],
     ) -> tuple[SVIState, Info]:
         bounds, norms, violated = numbers.double().unbind(-1)
@@ -354,6 +379,7 @@ class SVI(Engine[SVIState]):
             )
         if not bool(numbers.isfinite().all()):
             raise ValueError(self._blame(state, bounds))
+        params, average, *slots = moved
         elbo, error = mean_and_error(bounds)
         blocks = [*state.blocks, elbo]
         watched = params[: state.iterates.shape[1]]
@@ -409,6 +435,9 @@ class SVI(Engine[SVIState]):
         parts["attrs"] |= {
             "guide": describe(work.setup.pair.guide),
             "num_optimizer_steps": state.num_steps,
+            "is_compiled": work.machine.is_compiled,
+            "speed": work.machine.reason,
+            "compile_seconds": work.machine.seconds,
             "rise": found.rise if known else None,
             "rise_error": found.error if known else None,
             "iterate_r_hat": found.r_hat if known else None,

@@ -20,9 +20,8 @@ from bayesgen.inference.minibatch import Order, Stream
 from bayesgen.inference.objectives import Traces
 from bayesgen.inference.pair import Pair, Plate, meet
 from bayesgen.inference.sites import quietly
-from bayesgen.inference.start import starting_points
+from bayesgen.inference.start import conjugate_values
 from bayesgen.inference.svi_step import Feed
-from bayesgen.inference.trace import trace
 
 __all__ = ["Source", "Setup", "from_function", "from_model", "make_setup"]
 
@@ -214,6 +213,13 @@ def conjugate_start(
     if not (isinstance(model, Conjugate) and isinstance(model, Program) and data.in_memory):
         return None
     rows = data.tensor(dtype, generator.device)
-    density = trace(lambda: model.model(rows), dtype=dtype, generator=generator)
-    points, lp, _ = starting_points(density, _STARTS, model, data, generator=generator)
-    return density.constrain(points[int(lp.argmax())])
+    values = conjugate_values(model, data, _STARTS, generator)
+    if values is None:
+        return None
+    starts = [{k: v[c].to(dtype) for k, v in values.items()} for c in range(_STARTS)]
+    heights = []
+    with rng.fork(generator), quietly(dtype), torch.no_grad():
+        for start in starts:
+            conditioned = poutine.condition(model.model, data=start)
+            heights.append(float(poutine.trace(conditioned).get_trace(rows).log_prob_sum()))
+    return starts[max(range(_STARTS), key=heights.__getitem__)]

@@ -168,7 +168,8 @@ def _why(error: Exception) -> str:
 
 # ---------------------------------------------------------------- the update
 Update = Callable[..., tuple[Any, ...]]
-"""``(params, average, scalars, normals, uniforms, *slots, *indices, *data)`` to new ones."""
+"""``(scalars, normals, uniforms, params, average, *slots, *indices, *data)`` to numbers ``(3,)``
+and new parameters, average and slots."""
 
 
 Bound = Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -259,11 +260,11 @@ def make_update(
     names = optimizer.slots
 
     def update(
-        params: Tensor,
-        average: Tensor,
         scalars: Tensor,
         normals: Tensor,
         uniforms: Tensor,
+        params: Tensor,
+        average: Tensor,
         *rest: Tensor,
     ) -> tuple[Tensor, ...]:
         slots = dict(zip(names, rest[: len(names)], strict=True))

@@ -10,7 +10,7 @@ import torch
 
 from bayesgen import rng
 from bayesgen.data import as_dataset
-from bayesgen.inference import EM, NUTS, VB, ClosedForm, Gibbs, ManyChains
+from bayesgen.inference import EM, NUTS, SVI, VB, ClosedForm, Gibbs, ManyChains
 from bayesgen.models import PPCA, FactorAnalysis, GaussianMixture, Mixture, RobustPCA
 from bayesgen.models.families.bernoulli import Bernoulli
 from bayesgen.testing import EngineCase, engine_checks, engines
@@ -39,6 +39,7 @@ HOLES = as_dataset(holes(blobs()))
 GIBBS = {"num_chains": 2, "num_samples": 30, "num_warmup": 10}
 NUTS_SETTINGS = {"num_chains": 1, "num_samples": 60, "num_warmup": 8}  # steps: 2 and 3
 MANY = {"num_chains": 4, "num_superchains": 2, "num_samples": 30, "num_warmup": 20}
+SVI_SETTINGS = {"num_steps": 220, "num_samples": 20}
 
 
 def make(name, engine, model=None, data=DATA, **settings):
@@ -57,6 +58,7 @@ CASES = [
     make("gibbs-holes", lambda: Gibbs(**GIBBS), data=HOLES),
     make("nuts", lambda: NUTS(**NUTS_SETTINGS), GaussianMixture(1), resume_after=3),
     make("many-chains", lambda: ManyChains(**MANY), GaussianMixture(1), resume_after=3),
+    make("svi", lambda: SVI(batch_size=32, **SVI_SETTINGS), GaussianMixture(1), resume_after=3),
     make("gibbs-bernoulli", lambda: Gibbs(**GIBBS), Mixture(Bernoulli(), 3), binary()),
 ]
 CASES += [
