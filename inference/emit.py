@@ -42,6 +42,7 @@ class Value:
         place: The pointer and the strides of what lies in memory.
         shared: Whether all chains share the numbers, so that ``place`` points to single doubles.
         still: Dimensions along which nothing changes: computed once.
+        is_zero: Whether it is known to be zero everywhere.
     """
 
     shape: tuple[int, ...]
@@ -52,6 +53,7 @@ class Value:
     place: Callable[[], tuple[str, tuple[int, ...]]] | None = None
     shared: bool = False
     still: frozenset[int] = frozenset()
+    is_zero: bool = False
 
     @property
     def size(self) -> int:
@@ -186,6 +188,7 @@ class Emitter:
             place=(lambda: (f"(C+{base})", steps)) if floating else None,
             shared=True,
             still=frozenset(k for k, step in enumerate(steps) if step == 0 and shape[k] > 1),
+            is_zero=small.numel() == 1 and not bool(small.any()),
         )
 
     def blobs(self) -> tuple[Tensor, Tensor]:

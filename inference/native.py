@@ -28,6 +28,7 @@ _FLAGS = (
     "-fno-strict-aliasing -fopenmp-simd -fno-exceptions -shared -fPIC -w -x c++"
 ).split()
 _MAX_STATEMENTS = 60_000
+_INLINED_UP_TO = 1500  # statements: beyond, special functions are called
 
 
 def compiler() -> str | None:
@@ -96,6 +97,8 @@ def _library(text: str, width: int) -> ctypes.CDLL:
         raise Unsupported("there is no C++ compiler (install g++ or clang, or set CXX)")
     vectors = _vector_library(path)
     flags = [*_FLAGS, *vectors, f"-DW={width}"]
+    if text.count("\n") > _INLINED_UP_TO:
+        flags.append("-DLARGE")
     source = "".join((_source("lanes.cpp"), text, _source("trajectory.cpp"), _source("paths.cpp")))
     key = hashlib.sha256(
         "\0".join((source, path, *flags, _machine(), *platform.libc_ver())).encode()

@@ -285,5 +285,18 @@ for _name in (
     "erf erfc log2 log10 exp2 sigmoid lgamma digamma"
 ).split():
     POINTWISE[_name] = pointwise_rule(_call(f"v{_name}"), count=1, cost=_HEAVY)
-for _name in ("atan2", "logaddexp", "xlogy"):
+_LOG_ADD = pointwise_rule(_call("vlogaddexp"), count=2, cost=2 * _HEAVY)
+
+
+def _logaddexp(e: Emitter, meta: Any, a: Value, b: Value) -> Value:
+    for one, other in ((a, b), (b, a)):
+        if isinstance(other, Value) and other.is_zero:
+            return pointwise_rule(_call("vsoftplus"), count=1, cost=2 * _HEAVY)(
+                e, meta, e.settle(one)
+            )
+    return _LOG_ADD(e, meta, a, b)
+
+
+POINTWISE["logaddexp"] = _logaddexp
+for _name in ("atan2", "xlogy"):
     POINTWISE[_name] = pointwise_rule(_call(f"v{_name}"), count=2, cost=2 * _HEAVY)

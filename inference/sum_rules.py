@@ -1,4 +1,4 @@
-"""C++ for operators that add up: reductions, running sums, matrix products, triangular systems."""
+"""C++ for operators that add up: reductions, running sums, softmax."""
 
 from __future__ import annotations
 
@@ -10,15 +10,12 @@ from bayesgen.inference.emit import (
     Emitter,
     Index,
     Term,
-    Unsupported,
     Value,
-    linear_index,
+    add,
 )
 from bayesgen.inference.pointwise_rules import number_at
 
-__all__ = ["SUMS"]
-
-_LARGEST_FACTOR = 256  # rows of a matrix that BLAS factors faster than plain loops
+__all__ = ["SUMS", "sum_of"]
 
 Combine = Callable[[str, str], str]
 
@@ -65,6 +62,9 @@ def _fold(
     name = e.name("r")
     shape = [value.shape[d] for d in dims]
     body.append(f"V {name} = {start};")
+    if combine is _plus and shape and shape[-1] >= 16:
+        body += _four_sums(e, value, dims, keep, outer, name, element)
+        return name
 
     def step(inner: Index) -> list[Any]:
         entry = element(value.at(_placed(value, dims, keep, outer, inner)))
@@ -72,6 +72,41 @@ def _fold(
 
     body += e.loops(shape, step)
     return name
+
+
+def _four_sums(
+    e: Emitter,
+    value: Value,
+    dims: Sequence[int],
+    keep: bool,
+    outer: Index,
+    name: str,
+    element: Callable[[str], str],
+) -> list[Any]:
+    """A long sum by four that do not wait for each other."""
+    *rest, size = [value.shape[d] for d in dims]
+    k = e.name("i")
+
+    def at(inner: Index, shift: int) -> str:
+        return element(value.at(_placed(value, dims, keep, outer, (*inner, add(k, shift)))))
+
+    def body(inner: Index) -> list[Any]:
+        lines = [f"{name}_{j} += {at(inner, j)};" for j in range(4)]
+        left = [f"{name} += {at(inner, 0)};"]
+        return [
+            f"V {', '.join(f'{name}_{j} = zero()' for j in range(4))};",
+            f"for (long {k} = 0; {k} < {size - size % 4}; {k} += 4) {{",
+            *lines,
+            "}",
+            *(
+                [f"for (long {k} = {size - size % 4}; {k} < {size}; {k}++) {{", *left, "}"]
+                if size % 4
+                else []
+            ),
+            f"{name} += ({name}_0 + {name}_1) + ({name}_2 + {name}_3);",
+        ]
+
+    return e.loops(rest, body)
 
 
 def _as_numbers(value: Value) -> Value:
@@ -90,9 +125,10 @@ def _plus(a: str, b: str) -> str:
     return f"{a} + {b}"
 
 
-def _sum(
+def sum_of(
     e: Emitter, meta: Any, value: Value, dims: Any = None, keepdim: bool = False, **_: Any
 ) -> Value:
+    """The sum over some dimensions, or all."""
     value = _as_numbers(value)
     axes = _dims(value, dims)
     shape = _reduced(value, axes, keepdim)
@@ -119,7 +155,7 @@ def _sum(
 def _mean(
     e: Emitter, meta: Any, value: Value, dims: Any = None, keepdim: bool = False, **_: Any
 ) -> Value:
-    total = _sum(e, meta, value, dims, keepdim)
+    total = sum_of(e, meta, value, dims, keepdim)
     count = value.size / max(1, total.size)
     return Value(
         total.shape, "V", lambda index: f"({total.at(index)} / {count!r})", cost=2 + total.cost
@@ -164,7 +200,7 @@ def _prod(
 
 
 def _any(e: Emitter, meta: Any, value: Value, dims: Any = None, keepdim: bool = False) -> Value:
-    total = _sum(e, meta, value, dims, keepdim)
+    total = sum_of(e, meta, value, dims, keepdim)
     return Value(
         total.shape, "M", lambda index: f"({total.at(index)} != 0.0)", cost=total.cost + 1
     )
@@ -226,7 +262,7 @@ def _log_softmax_backward(
 ) -> Value:
     grad, out = e.settle(grad), e.settle(out)
     dim = dim % len(grad.shape)
-    total = _sum(e, None, grad, dim, True)
+    total = sum_of(e, None, grad, dim, True)
     both = Value(grad.shape, "V", lambda index: f"vexp({out.at(index)})", cost=12)
     scaled = _spread(both, total, dim, "({} * {})", 13)
     return Value(
@@ -238,7 +274,7 @@ def _softmax_backward(e: Emitter, meta: Any, grad: Value, out: Value, dim: int, 
     grad, out = e.settle(grad), e.settle(out)
     dim = dim % len(grad.shape)
     product = Value(grad.shape, "V", lambda i: f"({grad.at(i)} * {out.at(i)})", cost=1)
-    total = _sum(e, None, product, dim, True)
+    total = sum_of(e, None, product, dim, True)
     scaled = _spread(out, total, dim, "({} * {})", 1)
     return Value(grad.shape, "V", lambda i: f"({product.at(i)} - {scaled.at(i)})", cost=3)
 
@@ -271,289 +307,8 @@ def _running(start: str, combine: str) -> Callable[..., Value]:
     return rule
 
 
-# ---------------------------------------------------------------- products
-def _matrices(e: Emitter, value: Value) -> tuple[Value, str, tuple[int, ...]]:
-    pointer, strides = e.pointer(value)
-    return value, pointer, strides
-
-
-def _offset(pointer: str, index: Index, strides: Sequence[int]) -> str:
-    where = linear_index(index, strides)
-    return pointer if where == 0 else f"{pointer}+{where}"
-
-
-def _product(e: Emitter, left: Value, right: Value) -> Value:
-    """``(..., n, k) @ (..., k, m)`` of equal leading dimensions."""
-    if left.shared and right.shared:
-        raise Unsupported("a product of two large constants")
-    left, right = _in_memory(e, left), _in_memory(e, right)
-    (pa, sa), (pb, sb) = e.pointer(left), e.pointer(right)
-    lead, n, k, m = left.shape[:-2], left.shape[-2], left.shape[-1], right.shape[-1]
-    shape = (*lead, n, m)
-    if left.shared and k > 4 and n > 3:
-        return _by_columns(e, (pa, sa), (pb, sb), lead, n, k, m)
-    if right.shared and k > 4 and m > 3:
-        return _by_columns(e, (pb, _turned(sb)), (pa, _turned(sa)), lead, m, k, n, turned=True)
-
-    def generate(index: Index, body: list[Any]) -> str:
-        head, i, j = index[:-2], index[-2], index[-1]
-        a = _offset(pa, (*head, i), sa[:-1])
-        b = _offset(pb, (*head, j), (*sb[:-2], sb[-1]))
-        return f"dot({a}, {sa[-1]}, {b}, {sb[-2]}, {k})"
-
-    return e.realise(shape, "V", generate)
-
-
-def _in_memory(e: Emitter, value: Value) -> Value:
-    if value.place is not None and value.cost == 0:
-        return value
-    return e.realise(value.shape, "V", lambda index, body: value.at(index))
-
-
-def _turned(strides: tuple[int, ...]) -> tuple[int, ...]:
-    return (*strides[:-2], strides[-1], strides[-2])
-
-
-Placed = tuple[str, tuple[int, ...]]
-
-
-def _by_columns(
-    e: Emitter,
-    left: Placed,
-    right: Placed,
-    lead: tuple[int, ...],
-    n: int,
-    k: int,
-    m: int,
-    turned: bool = False,
-) -> Value:
-    """Eight outputs at a time, so that each number of the other factor is read once for them."""
-    (pa, sa), (pb, sb) = left, right
-
-    def write(entry: Callable[..., str]) -> list[Any]:
-        def body(index: Index) -> list[Any]:
-            head, j = index[:-1], index[-1]
-            a, b = _offset(pa, head, sa[:-2]), _offset(pb, (*head, j), (*sb[:-2], sb[-1]))
-            to, row, column = entry((*head, j, 0)), sa[-1], sa[-2]
-            return [f"columns(&{to}, {a}, {k}, {row}, {n}, {column}, {b}, {sb[-2]});"]
-
-        return e.loops((*lead, m), body)
-
-    found = e.written((*lead, m, n), "V", write)
-    return found if turned else _swapped(found)
-
-
-def _swapped(value: Value) -> Value:
-    """The last two dimensions exchanged."""
-    shape = (*value.shape[:-2], value.shape[-1], value.shape[-2])
-    place = value.place
-
-    def moved() -> Placed:
-        assert place is not None
-        pointer, strides = place()
-        return pointer, _turned(strides)
-
-    return Value(
-        shape,
-        value.kind,
-        lambda index: value.at((*index[:-2], index[-1], index[-2])),
-        value.linear if 1 in shape[-2:] else None,
-        cost=value.cost,
-        place=moved if place else None,
-        shared=value.shared,
-    )
-
-
-def _with_shape(value: Value, shape: tuple[int, ...]) -> Value:
-    """The same with dimensions of size one put in or left out at the end."""
-    extra = len(shape) - len(value.shape)
-    place = value.place
-
-    def moved() -> Placed:
-        assert place is not None
-        pointer, strides = place()
-        return pointer, (*strides, 0) if extra > 0 else strides[:extra]
-
-    def at(index: Index) -> str:
-        return value.at(index[:-extra] if extra > 0 else (*index, 0))
-
-    return Value(
-        shape, value.kind, at, value.linear, value.cost, moved if place else None, value.shared
-    )
-
-
-def _mm(e: Emitter, meta: Any, left: Value, right: Value) -> Value:
-    return _product(e, left, right)
-
-
-def _mv(e: Emitter, meta: Any, left: Value, right: Value) -> Value:
-    right = _in_memory(e, right)
-    product = _product(e, left, _with_shape(right, (*right.shape, 1)))
-    return _with_shape(product, product.shape[:-1])
-
-
-def _dot(e: Emitter, meta: Any, left: Value, right: Value) -> Value:
-    product = Value(left.shape, "V", lambda i: f"({left.at(i)} * {right.at(i)})", cost=1)
-    return _sum(e, meta, product)
-
-
-def _plus_product(kind: Callable[..., Value]) -> Callable[..., Value]:
-    def rule(
-        e: Emitter,
-        meta: Any,
-        first: Value,
-        left: Value,
-        right: Value,
-        *,
-        beta: float = 1,
-        alpha: float = 1,
-    ) -> Value:
-        product = kind(e, meta, left, right)
-        read = number_at(first, product.shape)
-        return Value(
-            product.shape,
-            "V",
-            lambda i: f"({float(beta)!r} * {read(i)} + {float(alpha)!r} * {product.at(i)})",
-            cost=3 + first.cost + product.cost,
-        )
-
-    return rule
-
-
-# ---------------------------------------------------------------- triangular matrices
-def _check_size(value: Value) -> None:
-    if value.shape[-1] > _LARGEST_FACTOR:
-        raise Unsupported(f"a factor of {value.shape[-1]} rows: BLAS is faster")
-
-
-def _solve_triangular(
-    e: Emitter,
-    meta: Any,
-    matrix: Value,
-    right: Value,
-    *,
-    upper: bool,
-    left: bool = True,
-    unitriangular: bool = False,
-) -> Value:
-    _check_size(matrix)
-    if not left:  # X A = B is A' X' = B'
-        turned = _solve_triangular(
-            e,
-            None,
-            _swapped(matrix),
-            _swapped(right),
-            upper=not upper,
-            unitriangular=unitriangular,
-        )
-        return _swapped(turned)
-    matrix, right = e.settle(matrix), e.settle(right)
-    n, columns = right.shape[-2:]
-    lead = tuple(meta.shape[:-2]) if meta is not None else _lead(matrix, right)
-    shape = (*lead, n, columns)
-    a_at, b_at = number_at(matrix, (*lead, n, n)), number_at(right, shape)
-
-    def write(entry: Callable[..., str]) -> list[Any]:
-        def body(index: Index) -> list[Any]:
-            head, j = index[:-1], index[-1]
-            i, k, r = e.name("i"), e.name("i"), e.name("r")
-            outer = (
-                f"for (long {i} = {n - 1}; {i} >= 0; {i}--) {{"
-                if upper
-                else f"for (long {i} = 0; {i} < {n}; {i}++) {{"
-            )
-            inner = (
-                f"for (long {k} = {i} + 1; {k} < {n}; {k}++)"
-                if upper
-                else f"for (long {k} = 0; {k} < {i}; {k}++)"
-            )
-            pivot = "" if unitriangular else f" / {a_at((*head, i, i))}"
-            return [
-                outer,
-                f"V {r} = {b_at((*head, i, j))};",
-                f"{inner} {r} -= {a_at((*head, i, k))} * {entry((*head, k, j))};",
-                f"{entry((*head, i, j))} = {r}{pivot};",
-                "}",
-            ]
-
-        return e.loops((*lead, columns), body)
-
-    return e.written(shape, "V", write)
-
-
-def _lead(left: Value, right: Value) -> tuple[int, ...]:
-    a, b = left.shape[:-2], right.shape[:-2]
-    size = max(len(a), len(b))
-    a, b = (1,) * (size - len(a)) + a, (1,) * (size - len(b)) + b
-    return tuple(max(x, y) for x, y in zip(a, b, strict=True))
-
-
-def _cholesky(e: Emitter, meta: Any, matrix: Value, upper: bool = False, **_: Any) -> Value:
-    _check_size(matrix)
-    matrix = e.settle(matrix)
-    lead, n = matrix.shape[:-2], matrix.shape[-1]
-
-    def write(entry: Callable[..., str]) -> list[Any]:
-        def body(index: Index) -> list[Any]:
-            i, j, k, r = e.name("i"), e.name("i"), e.name("i"), e.name("r")
-            return [
-                f"for (long {j} = 0; {j} < {n}; {j}++) {{",
-                f"V {r} = {matrix.at((*index, j, j))};",
-                f"for (long {k} = 0; {k} < {j}; {k}++) {r} -= vsquare({entry((*index, j, k))});",
-                f"{r} = vsqrt({r});",
-                f"{entry((*index, j, j))} = {r};",
-                f"{r} = 1.0 / {r};",
-                f"for (long {i} = 0; {i} < {j}; {i}++) {entry((*index, i, j))} = zero();",
-                f"for (long {i} = {j} + 1; {i} < {n}; {i}++) {{",
-                f"V q{r} = {matrix.at((*index, i, j))};",
-                f"for (long {k} = 0; {k} < {j}; {k}++) "
-                f"q{r} -= {entry((*index, i, k))} * {entry((*index, j, k))};",
-                f"{entry((*index, i, j))} = q{r} * {r};",
-                "}",
-                "}",
-            ]
-
-        return e.loops(lead, body)
-
-    factor = e.written(matrix.shape, "V", write)
-    return _swapped(factor) if upper else factor
-
-
-def _cholesky_ex(
-    e: Emitter, meta: Any, matrix: Value, *, upper: bool = False, **_: Any
-) -> list[Value]:
-    factor = _cholesky(e, meta, matrix, upper)
-    return [factor, Value(matrix.shape[:-2], "I", lambda index: "0")]
-
-
-def _identity(lead: tuple[int, ...], n: int) -> Value:
-    def at(index: Index) -> str:
-        i, j = index[-2:]
-        if isinstance(i, int) and isinstance(j, int):
-            return f"all({float(i == j)!r})"
-        return f"all(({i}) == ({j}) ? 1.0 : 0.0)"
-
-    return Value((*lead, n, n), "V", at)
-
-
-def _cholesky_inverse(e: Emitter, meta: Any, factor: Value, upper: bool = False) -> Value:
-    """``(L L')^-1``, from the columns of ``L^-1``."""
-    lower = _swapped(factor) if upper else factor
-    one = _identity(factor.shape[:-2], factor.shape[-1])
-    inverse = _solve_triangular(e, None, lower, one, upper=False)
-    return _product(e, _swapped(inverse), inverse)
-
-
-def _cholesky_solve(
-    e: Emitter, meta: Any, right: Value, factor: Value, upper: bool = False
-) -> Value:
-    lower = _swapped(factor) if upper else factor
-    half = _solve_triangular(e, None, lower, right, upper=False)
-    return _solve_triangular(e, None, _swapped(lower), half, upper=True)
-
-
 SUMS: dict[str, Callable[..., Any]] = {
-    "sum": _sum,
+    "sum": sum_of,
     "mean": _mean,
     "amax": _extreme("vmax", "-__builtin_inf()"),
     "amin": _extreme("vmin", "__builtin_inf()"),
@@ -567,18 +322,5 @@ SUMS: dict[str, Callable[..., Any]] = {
     "cumsum": _running("zero()", "{} + {}"),
     "cumprod": _running("all(1.0)", "{} * {}"),
     "logcumsumexp": _running("all(-__builtin_inf())", "vlogaddexp({}, {})"),
-    "mm": _mm,
-    "bmm": _mm,
-    "mv": _mv,
-    "dot": _dot,
-    "addmm": _plus_product(_mm),
-    "baddbmm": _plus_product(_mm),
-    "addmv": _plus_product(_mv),
-    "linalg_solve_triangular": _solve_triangular,
-    "linalg_cholesky_ex": _cholesky_ex,
-    "cholesky": _cholesky,
-    "cholesky_inverse": _cholesky_inverse,
-    "cholesky_solve": _cholesky_solve,
-    "linalg_cholesky": _cholesky,
 }
 """Rule of each operator by its name in ATen, overloads alike."""

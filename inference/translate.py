@@ -14,13 +14,14 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from bayesgen.inference.emit import Emitter, Unsupported, Value, contiguous
 from bayesgen.inference.graph import simplify
+from bayesgen.inference.matrix_rules import MATRICES
 from bayesgen.inference.pointwise_rules import POINTWISE
 from bayesgen.inference.shape_rules import SHAPES
 from bayesgen.inference.sum_rules import SUMS
 
 __all__ = ["Translation", "translate"]
 
-_RULES = {**POINTWISE, **SHAPES, **SUMS}
+_RULES = {**POINTWISE, **SHAPES, **SUMS, **MATRICES}
 _INLINED = 60  # operations that one expression may hold
 _INDEXED = ("index", "index_put")
 
