@@ -19,6 +19,8 @@ __all__ = ["Emitter", "Unsupported", "Value", "add", "linear_index", "literal", 
 Term = int | str
 Index = tuple[Term, ...]
 Generator = Callable[[Index, list[Any]], str]
+_LONG, _BESIDE = 12, 64  # rows that make a loop, and numbers of a row that are kept at hand
+_UNROLLED = 8
 
 
 class Unsupported(Exception):
@@ -26,7 +28,11 @@ class Unsupported(Exception):
 
 
 class _Flush(Exception):
-    """The loop being built must end first: a value of it is read at another index."""
+    """A loop being built must end first: a value of it is read at another index."""
+
+    def __init__(self, group: _Group) -> None:
+        super().__init__()
+        self.group = group
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,12 +117,24 @@ def literal(number: float | int | bool) -> str:
 
 @dataclass(eq=False)
 class _Group:
-    """A loop under construction."""
+    """A loop under construction: over every entry of a shape, or over rows of a number."""
 
-    shape: tuple[int, ...]
+    key: tuple[int, ...]
     index: Index
     head: list[str] = field(default_factory=list)
     body: list[Any] = field(default_factory=list)
+
+
+def _long_axis(shape: Sequence[int]) -> int | None:
+    """The dimension that a loop over rows runs along, where the others are few."""
+    size = max(shape, default=0)
+    if size < _LONG or math.prod(shape) > _BESIDE * size or list(shape).count(size) > 1:
+        return None
+    return list(shape).index(size)
+
+
+def _others(items: Sequence[Any], axis: int) -> tuple[Any, ...]:
+    return (*items[:axis], *items[axis + 1 :])
 
 
 @dataclass(frozen=True)
@@ -132,13 +150,16 @@ class Emitter:
 
     def __init__(self) -> None:
         self.lines: list[Any] = []
-        self.group: _Group | None = None
+        self.open: dict[str, _Group] = {}
+        """Loops being built: over the entries of small tensors, and over rows of large ones."""
         self.sizes: dict[int, int] = {}
         self.used: set[int] = set()
         self.numbers: list[Tensor] = []
         self.num_numbers = 0
         self.integers: list[Tensor] = []
         self.num_integers = 0
+        self.softmax: dict[int, tuple[Value, Value, Value, tuple[int, ...]]] = {}
+        """Of a log-sum-exp: itself, the exponentials, their sum, over which dimensions."""
         self._names = 0
 
     def name(self, prefix: str) -> str:
@@ -200,26 +221,33 @@ class Emitter:
 
     # ------------------------------------------------------------ loops
     def flush(self) -> None:
-        """End the loop under construction."""
-        group, self.group = self.group, None
-        if group is None:
-            return
-        self.lines += group.head
-        self.lines += _nested(group.index, group.shape, group.body)
+        """End the loops being built; neither reads what the other computes."""
+        for group in list(self.open.values()):
+            self._end(group)
 
-    def _join(self, shape: tuple[int, ...]) -> _Group:
-        if self.group is None or self.group.shape != shape:
-            self.flush()
-            index = tuple(0 if n == 1 else self.name("i") for n in shape)
-            self.group = _Group(shape, index)
-        return self.group
+    def _end(self, group: _Group) -> None:
+        self.open = {kind: g for kind, g in self.open.items() if g is not group}
+        self.lines += group.head
+        self.lines += _nested(group.index, group.key, group.body)
+
+    def _is_open(self, group: _Group) -> bool:
+        return any(g is group for g in self.open.values())
+
+    def _join(self, kind: str, key: tuple[int, ...]) -> _Group:
+        group = self.open.get(kind)
+        if group is None or group.key != key:
+            if group is not None:
+                self._end(group)
+            index = tuple(0 if n == 1 else self.name("i") for n in key)
+            group = self.open[kind] = _Group(key, index)
+        return group
 
     def _attempt(self, generate: Callable[[], Any]) -> Any:
-        try:
-            return generate()
-        except _Flush:
-            self.flush()
-            return generate()
+        while True:
+            try:
+                return generate()
+            except _Flush as must:
+                self._end(must.group)
 
     def realise(
         self,
@@ -236,11 +264,21 @@ class Emitter:
             return _widened(self.realise(small, kind, generate), shape)
         if math.prod(shape) == 1:
             return self._scalar(shape, kind, generate)
+        axis = _long_axis(shape)
+        if axis is not None:
+            return self._rows(
+                shape,
+                kind,
+                axis,
+                lambda entry, fixed: self.loops(
+                    shape, lambda index: _assigned(entry(index), generate, index), fixed
+                ),
+            )
         buffer = self._buffer(math.prod(shape))
         name, strides = self.name("t"), contiguous(shape)
 
         def build() -> tuple[_Group, list[Any], str]:
-            group, body = self._join(shape), list[Any]()
+            group, body = self._join("entries", shape), list[Any]()
             return group, body, generate(group.index, body)
 
         found: tuple[_Group, list[Any], str] = self._attempt(build)
@@ -248,22 +286,73 @@ class Emitter:
         group.body += [*body, f"const {kind} {name} = {expression};"]
         where = linear_index(group.index, strides)
         group.body.append(_Store(buffer, f"{self._at(buffer, kind, where)} = {name};"))
+        return self._member(
+            group, shape, kind, buffer, lambda index: name if index == group.index else None
+        )
+
+    def _rows(
+        self,
+        shape: tuple[int, ...],
+        kind: str,
+        axis: int,
+        write: Callable[[Callable[[Index], str], dict[int, Term]], list[Any]],
+    ) -> Value:
+        """Statements for one row, in a loop over rows; its numbers lie in a small array."""
+        name, small = self.name("t"), contiguous(_others(shape, axis))
+        buffer, strides = self._buffer(math.prod(shape)), contiguous(shape)
+
+        def local(index: Index) -> str:
+            return f"{name}[{linear_index(_others(index, axis), small)}]"
+
+        def build() -> tuple[_Group, list[Any]]:
+            group = self._join("rows", (shape[axis],))
+            return group, write(local, {axis: group.index[0]})
+
+        found: tuple[_Group, list[Any]] = self._attempt(build)
+        group, lines = found
+        row = group.index[0]
+        group.body += [f"{kind} {name}[{math.prod(shape) // shape[axis]}];", *lines]
+        stores = self.loops(
+            shape,
+            lambda index: [
+                f"{self._at(buffer, kind, linear_index(index, strides))} = {local(index)};"
+            ],
+            {axis: row},
+        )
+        group.body += [_Store(buffer, line) for line in stores]
+        return self._member(
+            group, shape, kind, buffer, lambda index: local(index) if index[axis] == row else None
+        )
+
+    def _member(
+        self,
+        group: _Group,
+        shape: tuple[int, ...],
+        kind: str,
+        buffer: int,
+        now: Callable[[Index], str | None],
+    ) -> Value:
+        """A value of a loop: read at hand while that is being built, from memory afterwards."""
+        strides = contiguous(shape)
+
+        def check() -> None:
+            if self._is_open(group):
+                raise _Flush(group)
 
         def at(index: Index) -> str:
-            if self.group is group:
-                if index == group.index:
-                    return name
-                raise _Flush
+            if self._is_open(group):
+                found = now(index)
+                if found is not None:
+                    return found
+            check()
             return self.read(buffer, kind, linear_index(index, strides))
 
         def linear(term: Term) -> str:
-            if self.group is group:
-                raise _Flush
+            check()
             return self.read(buffer, kind, term)
 
         def place() -> tuple[str, tuple[int, ...]]:
-            if self.group is group:
-                raise _Flush
+            check()
             self.used.add(buffer)
             return f"b{buffer}", strides
 
@@ -281,22 +370,44 @@ class Emitter:
         place = (lambda: (f"(&{name})", zeros)) if kind == "V" else None
         return Value(shape, kind, lambda index: name, lambda term: name, place=place)
 
-    def total(self, shape: tuple[int, ...], value: Value) -> Callable[[Index], str]:
-        """The sum of all entries, taken in the loop that computes them."""
-        name = self.name("a")
+    def total(self, value: Value, dims: Sequence[int]) -> Callable[[Index], str] | None:
+        """The sum over ``dims``, taken in the loop that computes the entries.
 
-        def build() -> tuple[_Group, str]:
-            group = self._join(shape)
-            return group, value.at(group.index)
+        Returns:
+            The sum at an index of the other dimensions; None where no such loop is to be had.
+        """
+        axis, shape = _long_axis(value.shape), value.shape
+        kept = [k for k in range(len(shape)) if k not in dims]
+        if axis is None or axis in kept:
+            if kept or axis is not None:
+                return None
+        name, strides = self.name("a"), contiguous([shape[k] for k in kept])
+        count = math.prod(shape[k] for k in kept)
 
-        group, expression = self._attempt(build)
-        group.head.append(f"V {name} = zero();")
-        group.body.append(f"{name} += {expression};")
+        def build() -> tuple[_Group, list[Any]]:
+            if axis is None:
+                group = self._join("entries", shape)
+                return group, [f"{name}[0] += {value.at(group.index)};"]
+            group = self._join("rows", (shape[axis],))
+
+            def step(index: Index) -> list[Any]:
+                place = linear_index(tuple(index[k] for k in kept), strides)
+                return [f"{name}[{place}] += {value.at(index)};"]
+
+            return group, self.loops(shape, step, {axis: group.index[0]})
+
+        found: tuple[_Group, list[Any]] = self._attempt(build)
+        group, lines = found
+        group.head += [
+            f"V {name}[{count}];",
+            f"for (long k = 0; k < {count}; k++) {name}[k] = zero();",
+        ]
+        group.body += lines
 
         def at(index: Index) -> str:
-            if self.group is group:
-                raise _Flush
-            return name
+            if self._is_open(group):
+                raise _Flush(group)
+            return f"{name}[{linear_index(index, strides)}]"
 
         return at
 
@@ -315,18 +426,33 @@ class Emitter:
         return self._at(buffer, kind, where)
 
     def written(
-        self, shape: tuple[int, ...], kind: str, write: Callable[[Callable[..., str]], list[Any]]
+        self,
+        shape: tuple[int, ...],
+        kind: str,
+        write: Callable[[Callable[[Index], str], dict[int, Term]], list[Any]],
+        parallel: Sequence[int] = (),
     ) -> Value:
-        """A buffer filled by statements of one's own; the loop before them ends first."""
+        """A buffer filled by statements of one's own.
+
+        Args:
+            shape: Of the result.
+            kind: Of its entries.
+            write: From the text of an entry, and the index terms that are given from outside, to
+                the statements.
+            parallel: Dimensions along which nothing is read but at the same index: one of them may
+                be given.
+        """
         if kind == "I":
             raise Unsupported("integers that depend on the parameters")
-        self.flush()
+        axis = _long_axis(shape)
+        if axis is not None and axis in parallel:
+            return self._rows(shape, kind, axis, write)
         buffer, strides = self._buffer(math.prod(shape)), contiguous(shape)
 
         def entry(index: Index) -> str:
             return self.read(buffer, kind, linear_index(index, strides))
 
-        self.lines += write(entry)
+        self.lines += self._attempt(lambda: write(entry, {}))
 
         def place() -> tuple[str, tuple[int, ...]]:
             self.used.add(buffer)
@@ -356,10 +482,20 @@ class Emitter:
         found: tuple[str, tuple[int, ...]] = self._attempt(value.place)
         return found
 
-    def loops(self, shape: Sequence[int], body: Callable[[Index], list[Any]]) -> list[Any]:
-        """Statements for every index."""
-        index = tuple(0 if n == 1 else self.name("i") for n in shape)
-        return _nested(index, shape, body(index))
+    def loops(
+        self,
+        shape: Sequence[int],
+        body: Callable[[Index], list[Any]],
+        fixed: dict[int, Term] | None = None,
+    ) -> list[Any]:
+        """Statements for every index; of ``fixed`` dimensions, for the given one."""
+        given = fixed or {}
+        index = tuple(
+            given[k] if k in given else 0 if n == 1 else self.name("i")
+            for k, n in enumerate(shape)
+        )
+        run = tuple(0 if k in given else i for k, i in enumerate(index))
+        return _nested(run, shape, body(index))
 
     # ------------------------------------------------------------ the text
     def text(self) -> tuple[str, int]:
@@ -399,10 +535,18 @@ def _widened(value: Value, shape: tuple[int, ...]) -> Value:
     )
 
 
+def _assigned(entry: str, generate: Generator, index: Index) -> list[Any]:
+    body: list[Any] = []
+    expression = generate(index, body)
+    return [*body, f"{entry} = {expression};"]
+
+
 def _nested(index: Index, shape: Sequence[int], body: list[Any]) -> list[Any]:
-    head = [
-        f"for (long {i} = 0; {i} < {n}; {i}++) {{"
-        for i, n in zip(index, shape, strict=True)
-        if isinstance(i, str)
-    ]
-    return [*head, *body, "}" * len(head)] if head else ["{", *body, "}"]
+    head: list[Any] = []
+    for i, n in zip(index, shape, strict=True):
+        if isinstance(i, str):
+            if n <= _UNROLLED:
+                head.append(f"#pragma GCC unroll {n}")
+            head.append(f"for (long {i} = 0; {i} < {n}; {i}++) {{")
+    count = sum(isinstance(i, str) for i in index)
+    return [*head, *body, "}" * count] if count else ["{", *body, "}"]

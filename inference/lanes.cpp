@@ -45,64 +45,12 @@ INLINE V vpow(V x, V y) { return MVEC2(pow)(x, y); }
 INLINE V vpow(V x, V y) { V r; for (int l = 0; l < W; l++) r[l] = pow(x[l], y[l]); return r; }
 #endif
 #define NARROW(name) INLINE V v##name(V x) { V r; for (int l = 0; l < W; l++) r[l] = name(x[l]); return r; }
-WIDE(sin) WIDE(cos)
-
-// exp, log and log1p written out: a call would spill every vector register around it.
-#ifdef LARGE
-#define SPECIAL static __attribute__((noinline))
-#else
-#define SPECIAL INLINE
-#endif
-INLINE V visnan_or(V x, V other) { return x != x ? x : other; }
-SPECIAL V vexp(V x) {
-  const double magic = 0x1.8p52;
-  const V y = x < -707.0 ? all(-707.0) : (x > 709.79 ? all(709.79) : x);
-  const V shifted = y * 1.44269504088896340736 + magic;
-  const V n = shifted - magic;
-  const V r = (y - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;
-  V p = r * 2.08767569878680989792e-09 + 2.50521083854417187751e-08;
-  p = p * r + 2.75573192239858906526e-07;
-  p = p * r + 2.75573192239858906526e-06;
-  p = p * r + 2.48015873015873015873e-05;
-  p = p * r + 1.98412698412698412698e-04;
-  p = p * r + 1.38888888888888888889e-03;
-  p = p * r + 8.33333333333333333333e-03;
-  p = p * r + 4.16666666666666666667e-02;
-  p = p * r + 1.66666666666666666667e-01;
-  p = p * r + 0.5;
-  p = (p * r) * r + r + 1.0;
-  const M bits = ((M)shifted - 0x4338000000000000LL + 1022) << 52;
-  V e = (p * (V)bits) * 2.0;
-  e = x < -707.0 ? all(0.0) : e;
-  return visnan_or(x, x > 709.782712893384 ? all(__builtin_inf()) : e);
-}
-SPECIAL V vlog(V x) {
-  const M tiny = x < 0x1p-1022;
-  const V y = tiny ? x * 0x1p54 : x;
-  const M bits = (M)y - 0x3fe6a09e667f3bcdLL;  // relative to the root of one half
-  const M k = bits >> 52;
-  const V m = (V)((bits & 0xfffffffffffffLL) + 0x3fe6a09e667f3bcdLL);
-  const V n = (V)(k + 0x4338000000000000LL) - 0x1.8p52 - (tiny ? all(54.0) : all(0.0));
-  const V f = m - 1.0, s = f / (2.0 + f), z = s * s, w = z * z, half = 0.5 * f * f;
-  const V even = w * (3.999999999940941908e-01 + w * (2.222219843214978396e-01 + w * 1.531383769920937332e-01));
-  const V odd = z * (6.666666666666735130e-01 + w * (2.857142874366239149e-01
-      + w * (1.818357216161805012e-01 + w * 1.479819860511658591e-01)));
-  const V low = n * 1.90821492927058770002e-10;
-  V r = n * 6.93147180369123816490e-01 - ((half - (s * (half + (even + odd)) + low)) - f);
-  r = x == 0.0 ? all(-__builtin_inf()) : r;
-  r = x < 0.0 ? all(__builtin_nan("")) : r;
-  return x < __builtin_inf() ? r : x;
-}
-SPECIAL V vlog1p(V x) {
-  const V u = 1.0 + x;
-  const V r = vlog(u) - ((u - 1.0) - x) / u;
-  return u == 0.0 ? all(-__builtin_inf()) : (x == __builtin_inf() ? x : r);
-}
+WIDE(exp) WIDE(log) WIDE(sin) WIDE(cos)
 #ifdef MVEC_ALL
-WIDE(expm1) WIDE(tan) WIDE(tanh) WIDE(sinh) WIDE(cosh) WIDE(asin) WIDE(acos) WIDE(atan)
+WIDE(log1p) WIDE(expm1) WIDE(tan) WIDE(tanh) WIDE(sinh) WIDE(cosh) WIDE(asin) WIDE(acos) WIDE(atan)
 WIDE(erf) WIDE(erfc) WIDE(log2) WIDE(log10) WIDE(exp2) WIDE(asinh) WIDE(acosh) WIDE(atanh)
 #else
-NARROW(expm1) NARROW(tan) NARROW(tanh) NARROW(sinh) NARROW(cosh) NARROW(asin) NARROW(acos)
+NARROW(log1p) NARROW(expm1) NARROW(tan) NARROW(tanh) NARROW(sinh) NARROW(cosh) NARROW(asin) NARROW(acos)
 NARROW(atan) NARROW(erf) NARROW(erfc) NARROW(log2) NARROW(log10) NARROW(exp2) NARROW(asinh)
 NARROW(acosh) NARROW(atanh)
 #endif

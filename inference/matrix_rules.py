@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bayesgen.inference.emit import Emitter, Index, Unsupported, Value, linear_index
+from bayesgen.inference.emit import Emitter, Index, Term, Unsupported, Value, linear_index
 from bayesgen.inference.pointwise_rules import number_at
 from bayesgen.inference.sum_rules import sum_of
 
 __all__ = ["MATRICES"]
 
+_SHORT, _FEW = 8, 32  # terms of a sum written in place, sums taken while their rows are computed
 _LARGEST_FACTOR = 256  # rows of a matrix that BLAS factors faster than plain loops
 
 
@@ -28,14 +30,17 @@ def _product(e: Emitter, left: Value, right: Value) -> Value:
     """``(..., n, k) @ (..., k, m)`` of equal leading dimensions."""
     if left.shared and right.shared:
         raise Unsupported("a product of two large constants")
+    lead, n, k, m = left.shape[:-2], left.shape[-2], left.shape[-1], right.shape[-1]
+    by_columns = k > 4 and ((left.shared and n > 3) or (right.shared and m > 3))
+    if not by_columns and (k <= _SHORT or math.prod((*lead, n, m)) <= _FEW):
+        return _sum_of_products(e, left, right)
     left, right = _in_memory(e, left), _in_memory(e, right)
     (pa, sa), (pb, sb) = e.pointer(left), e.pointer(right)
-    lead, n, k, m = left.shape[:-2], left.shape[-2], left.shape[-1], right.shape[-1]
-    shape = (*lead, n, m)
-    if left.shared and k > 4 and n > 3:
+    if by_columns and left.shared and n > 3:
         return _by_columns(e, (pa, sa), (pb, sb), lead, n, k, m)
-    if right.shared and k > 4 and m > 3:
-        return _by_columns(e, (pb, _turned(sb)), (pa, _turned(sa)), lead, m, k, n, turned=True)
+    if by_columns:
+        turned = (pb, _turned(sb)), (pa, _turned(sa))
+        return _by_columns(e, *turned, lead, m, k, n, turned=True)
 
     def generate(index: Index, body: list[Any]) -> str:
         head, i, j = index[:-2], index[-2], index[-1]
@@ -43,7 +48,19 @@ def _product(e: Emitter, left: Value, right: Value) -> Value:
         b = _offset(pb, (*head, j), (*sb[:-2], sb[-1]))
         return f"dot({a}, {sa[-1]}, {b}, {sb[-2]}, {k})"
 
-    return e.realise(shape, "V", generate)
+    return e.realise((*lead, n, m), "V", generate)
+
+
+def _sum_of_products(e: Emitter, left: Value, right: Value) -> Value:
+    """A small product, or a sum over many rows: in the loop that computes the factors."""
+    left, right = e.settle(left), e.settle(right)
+    shape = (*left.shape[:-1], right.shape[-1], left.shape[-1])
+
+    def at(index: Index) -> str:
+        *head, i, j, k = index
+        return f"({left.at((*head, i, k))} * {right.at((*head, k, j))})"
+
+    return sum_of(e, None, Value(shape, "V", at, cost=1), -1)
 
 
 def _in_memory(e: Emitter, value: Value) -> Value:
@@ -72,7 +89,7 @@ def _by_columns(
     """Eight outputs at a time, so that each number of the other factor is read once for them."""
     (pa, sa), (pb, sb) = left, right
 
-    def write(entry: Callable[..., str]) -> list[Any]:
+    def write(entry: Callable[..., str], fixed: dict[int, Term]) -> list[Any]:
         def body(index: Index) -> list[Any]:
             head, j = index[:-1], index[-1]
             a, b = _offset(pa, head, sa[:-2]), _offset(pb, (*head, j), (*sb[:-2], sb[-1]))
@@ -195,27 +212,36 @@ def _solve_triangular(
     shape = (*lead, n, columns)
     a_at, b_at = number_at(matrix, (*lead, n, n)), number_at(right, shape)
 
-    def write(entry: Callable[..., str]) -> list[Any]:
-        def body(head: Index) -> list[Any]:
-            i, j, k, r, inverse = (e.name(p) for p in ("i", "i", "i", "r", "r"))
-            down, up = f"{i} = {n - 1}; {i} >= 0; {i}--", f"{i} = 0; {i} < {n}; {i}++"
+    def pivot(index: Index) -> str:
+        return f"(1.0 / {matrix.at((*index, index[-1]))})"
+
+    pivots = Value((*matrix.shape[:-2], n), "V", pivot, cost=3)
+    pivot_at = number_at(e.settle(pivots), (*lead, n))
+
+    def write(entry: Callable[..., str], fixed: dict[int, Term]) -> list[Any]:
+        def body(index: Index) -> list[Any]:
+            head, j = index[:-1], index[-1]
+            i, k, r = e.name("i"), e.name("i"), e.name("r")
+            rows = f"{i} = {n - 1}; {i} >= 0; {i}--" if upper else f"{i} = 0; {i} < {n}; {i}++"
             before = f"{k} = {i} + 1; {k} < {n}" if upper else f"{k} = 0; {k} < {i}"
+            known = f"{a_at((*head, i, k))} * {entry((*head, k, j))}"
+            over = "" if unitriangular else f" * {pivot_at((*head, i))}"
+            unrolled = [f"#pragma GCC unroll {n}"] if n <= 4 else []
             return [
-                f"V {inverse}[{n}];",
-                f"for (long {up}) {inverse}[{i}] = "
-                + ("all(1.0);" if unitriangular else f"1.0 / {a_at((*head, i, i))};"),
-                f"for (long {j} = 0; {j} < {columns}; {j}++) {{",
-                f"for (long {down if upper else up}) {{",
+                *unrolled,
+                f"for (long {rows}) {{",
                 f"V {r} = {b_at((*head, i, j))};",
-                f"for (long {before}; {k}++) {r} -= {a_at((*head, i, k))} * {entry((*head, k, j))};",
-                f"{entry((*head, i, j))} = {r} * {inverse}[{i}];",
-                "}",
+                *unrolled,
+                f"for (long {before}; {k}++) {r} -= {known};",
+                f"{entry((*head, i, j))} = {r}{over};",
                 "}",
             ]
 
-        return e.loops(lead, body)
+        outer = {k if k < len(lead) else len(lead): term for k, term in fixed.items()}
+        return e.loops((*lead, columns), body, outer)
 
-    return e.written(shape, "V", write)
+    parallel = [*range(len(lead)), len(lead) + 1]
+    return e.written(shape, "V", write, parallel)
 
 
 def _lead(left: Value, right: Value) -> tuple[int, ...]:
@@ -230,7 +256,7 @@ def _cholesky(e: Emitter, meta: Any, matrix: Value, upper: bool = False, **_: An
     matrix = e.settle(matrix)
     lead, n = matrix.shape[:-2], matrix.shape[-1]
 
-    def write(entry: Callable[..., str]) -> list[Any]:
+    def write(entry: Callable[..., str], fixed: dict[int, Term]) -> list[Any]:
         def body(index: Index) -> list[Any]:
             i, j, k, r = e.name("i"), e.name("i"), e.name("i"), e.name("r")
             return [

@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -28,7 +29,6 @@ _FLAGS = (
     "-fno-strict-aliasing -fopenmp-simd -fno-exceptions -shared -fPIC -w -x c++"
 ).split()
 _MAX_STATEMENTS = 60_000
-_INLINED_UP_TO = 1500  # statements: beyond, special functions are called
 
 
 def compiler() -> str | None:
@@ -97,8 +97,6 @@ def _library(text: str, width: int) -> ctypes.CDLL:
         raise Unsupported("there is no C++ compiler (install g++ or clang, or set CXX)")
     vectors = _vector_library(path)
     flags = [*_FLAGS, *vectors, f"-DW={width}"]
-    if text.count("\n") > _INLINED_UP_TO:
-        flags.append("-DLARGE")
     source = "".join((_source("lanes.cpp"), text, _source("trajectory.cpp"), _source("paths.cpp")))
     key = hashlib.sha256(
         "\0".join((source, path, *flags, _machine(), *platform.libc_ver())).encode()
@@ -180,12 +178,18 @@ class NativeDensity:
         return lp[:count].clone(), gradient[:count].clone()
 
 
+_TRANSLATIONS: WeakKeyDictionary[Density, Translation] = WeakKeyDictionary()
+
+
 def translated(density: Density) -> Translation:
     """The C++ of a traced density.
 
     Raises:
         Unsupported: An operator without a rule, another device or precision, or no compiler.
     """
+    held = _TRANSLATIONS.get(density)
+    if held is not None:
+        return held
     if density.single is None or density.layout.device.type != "cpu":
         raise Unsupported("only traced programs on the CPU")
     if compiler() is None:
@@ -193,6 +197,7 @@ def translated(density: Density) -> Translation:
     translation = translate(density.single, density._points(1)[0])
     if translation.statements > _MAX_STATEMENTS:
         raise Unsupported(f"{translation.statements} statements would take minutes to compile")
+    _TRANSLATIONS[density] = translation
     return translation
 
 

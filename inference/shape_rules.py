@@ -349,9 +349,15 @@ def _triangle(sign: str) -> Rule:
 
 # ---------------------------------------------------------------- joins
 def _copy_into(
-    e: Emitter, entry: Callable[..., str], value: Value, where: Callable[[Index], Index]
+    e: Emitter,
+    entry: Callable[..., str],
+    value: Value,
+    where: Callable[[Index], Index],
+    fixed: dict[int, Term] | None = None,
 ) -> list[Any]:
-    return e.loops(value.shape, lambda index: [f"{entry(where(index))} = {value.at(index)};"])
+    return e.loops(
+        value.shape, lambda index: [f"{entry(where(index))} = {value.at(index)};"], fixed
+    )
 
 
 def _shifted(dim: int, by: int) -> Callable[[Index], Index]:
@@ -366,27 +372,30 @@ def _cat(e: Emitter, meta: Any, values: Sequence[Value], dim: int = 0) -> Value:
     values = [v for v in values if v.shape != (0,)]
     dim = dim % len(meta.shape)
 
-    def write(entry: Callable[..., str]) -> list[Any]:
+    def write(entry: Callable[..., str], fixed: dict[int, Term]) -> list[Any]:
         lines: list[Any] = []
         start = 0
         for value in values:
-            lines += _copy_into(e, entry, value, _shifted(dim, start))
+            lines += _copy_into(e, entry, value, _shifted(dim, start), fixed)
             start += value.shape[dim]
         return lines
 
-    return e.written(tuple(meta.shape), values[0].kind, write)
+    others = [k for k in range(len(meta.shape)) if k != dim]
+    return e.written(tuple(meta.shape), values[0].kind, write, others)
 
 
 def _stack(e: Emitter, meta: Any, values: Sequence[Value], dim: int = 0) -> Value:
     dim = dim % len(meta.shape)
 
-    def write(entry: Callable[..., str]) -> list[Any]:
+    def write(entry: Callable[..., str], fixed: dict[int, Term]) -> list[Any]:
         lines: list[Any] = []
-        for k, value in enumerate(values):
-            lines += _copy_into(e, entry, value, _inserted(dim, k))
+        for number, value in enumerate(values):
+            moved = {k if k < dim else k - 1: term for k, term in fixed.items()}
+            lines += _copy_into(e, entry, value, _inserted(dim, number), moved)
         return lines
 
-    return e.written(tuple(meta.shape), values[0].kind, write)
+    others = [k for k in range(len(meta.shape)) if k != dim]
+    return e.written(tuple(meta.shape), values[0].kind, write, others)
 
 
 def _repeat(e: Emitter, meta: Any, value: Value, repeats: Sequence[int]) -> Value:
@@ -464,7 +473,7 @@ def _index_put(
     new = e.settle(new)
     sign = "+=" if accumulate else "="
 
-    def write(entry: Callable[..., str]) -> list[Any]:
+    def write(entry: Callable[..., str], fixed: dict[int, Term]) -> list[Any]:
         lines = _copy_into(e, entry, value, lambda i: i)
         return lines + e.loops(shape, lambda i: [f"{entry(where(i))} {sign} {read(i)};"])
 
@@ -492,7 +501,7 @@ def _scatter(sign: str) -> Rule:
         dim = dim % len(value.shape)
         read = number_at(new, index.shape) if not isinstance(new, Value) else new.at
 
-        def write(entry: Callable[..., str]) -> list[Any]:
+        def write(entry: Callable[..., str], fixed: dict[int, Term]) -> list[Any]:
             lines = _copy_into(e, entry, value, lambda i: i)
             return lines + e.loops(
                 index.shape,
@@ -526,7 +535,7 @@ def _slice_scatter(
     dim = dim % len(value.shape)
     first = slice(start, end, step).indices(value.shape[dim])[0]
 
-    def write(entry: Callable[..., str]) -> list[Any]:
+    def write(entry: Callable[..., str], fixed: dict[int, Term]) -> list[Any]:
         lines = _copy_into(e, entry, value, lambda i: i)
         return lines + _copy_into(
             e, entry, new, lambda i: (*i[:dim], add(mul(i[dim], step), first), *i[dim + 1 :])
@@ -541,7 +550,7 @@ def _select_scatter(
     dim = dim % len(value.shape)
     index = index % value.shape[dim]
 
-    def write(entry: Callable[..., str]) -> list[Any]:
+    def write(entry: Callable[..., str], fixed: dict[int, Term]) -> list[Any]:
         lines = _copy_into(e, entry, value, lambda i: i)
         return lines + _copy_into(e, entry, new, _inserted(dim, index))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from bayesgen.inference.emit import (
 )
 from bayesgen.inference.pointwise_rules import number_at
 
-__all__ = ["SUMS", "sum_of"]
+__all__ = ["SUMS", "softmax_beside", "sum_of"]
 
 Combine = Callable[[str, str], str]
 
@@ -141,9 +140,11 @@ def sum_of(
             cost=value.cost,
             still=_rest(value, axes, keepdim),
         )
-    if math.prod(shape) == 1:
-        at = e.total(value.shape, value)
-        return Value(shape, "V", at, lambda term: at(()))
+    at = e.total(value, axes)
+    if at is not None:
+        kept = [k for k in range(len(value.shape)) if keepdim and k not in axes]
+        taken = at
+        return Value(shape, "V", lambda i: taken(tuple(i[k] for k in kept) if keepdim else i))
     return e.realise(
         shape,
         "V",
@@ -181,9 +182,13 @@ def _extreme(name: str, start: str) -> Callable[..., Value]:
                 f"all({start})",
                 lambda a, b: f"{name}({a}, {b})",
             ),
+            _rest(value, axes, keepdim),
         )
 
     return rule
+
+
+_most = _extreme("vmax", "-__builtin_inf()")
 
 
 def _prod(
@@ -210,26 +215,53 @@ def _any(e: Emitter, meta: Any, value: Value, dims: Any = None, keepdim: bool = 
 def _logsumexp(e: Emitter, meta: Any, value: Value, dims: Any, keepdim: bool = False) -> Value:
     value = e.settle(value)
     axes = _dims(value, dims)
+    shape = _reduced(value, axes, True)
+    most = _most(e, meta, value, axes, True)
 
-    def generate(index: Index, body: list[Any]) -> str:
-        most = _fold(
-            e,
-            value,
-            axes,
-            keepdim,
-            index,
-            body,
-            "all(-__builtin_inf())",
-            lambda a, b: f"vmax({a}, {b})",
-        )
-        safe = e.name("r")
-        body.append(f"const V {safe} = pick(visinf({most}), zero(), {most});")
-        total = _fold(
-            e, value, axes, keepdim, index, body, "zero()", _plus, lambda x: f"vexp({x} - {safe})"
-        )
-        return f"(vlog({total}) + {safe})"
+    def safe(index: Index) -> str:
+        return f"pick(visinf({most.at(index)}), zero(), {most.at(index)})"
 
-    return e.realise(_reduced(value, axes, keepdim), "V", generate, _rest(value, axes, keepdim))
+    shift = e.settle(Value(shape, "V", safe, cost=3, still=most.still))
+
+    def term(index: Index) -> str:
+        inner = tuple(0 if k in axes else i for k, i in enumerate(index))
+        return f"vexp({value.at(index)} - {shift.at(inner)})"
+
+    terms = e.settle(Value(value.shape, "V", term, cost=13, still=value.still & shift.still))
+    total = sum_of(e, meta, terms, axes, True)
+
+    def log(index: Index) -> str:
+        return f"(vlog({total.at(index)}) + {shift.at(index)})"
+
+    whole = e.settle(Value(shape, "V", log, cost=13, still=shift.still))
+    found = whole
+    if not keepdim:
+
+        def at(index: Index) -> str:
+            return whole.at(_placed(whole, axes, False, index, (0,) * len(axes)))
+
+        found = Value(
+            _reduced(value, axes, False), "V", at, whole.linear, still=_rest(whole, axes, False)
+        )
+    e.softmax[id(found)] = found, terms, total, tuple(axes)
+    return found
+
+
+def softmax_beside(e: Emitter, lse: Value) -> Value | None:
+    """``exp(x - logsumexp(x))``, from the exponentials that the sum was taken of."""
+    held = e.softmax.get(id(lse))
+    if held is None:
+        return None
+    _, terms, total, axes = held
+    inverse = e.settle(
+        Value(total.shape, "V", lambda i: f"(1.0 / {total.at(i)})", cost=3, still=total.still)
+    )
+
+    def at(index: Index) -> str:
+        inner = tuple(0 if k in axes else i for k, i in enumerate(index))
+        return f"({terms.at(index)} * {inverse.at(inner)})"
+
+    return Value(terms.shape, "V", at, cost=1, still=terms.still & inverse.still)
 
 
 def _spread(value: Value, reduced: Value, dim: int, template: str, cost: int) -> Value:
@@ -263,7 +295,8 @@ def _log_softmax_backward(
     grad, out = e.settle(grad), e.settle(out)
     dim = dim % len(grad.shape)
     total = sum_of(e, None, grad, dim, True)
-    both = Value(grad.shape, "V", lambda index: f"vexp({out.at(index)})", cost=12)
+    both = Value(out.shape, "V", lambda index: f"vexp({out.at(index)})", cost=12, still=out.still)
+    both = e.settle(both) if both.still else both
     scaled = _spread(both, total, dim, "({} * {})", 13)
     return Value(
         grad.shape, "V", lambda index: f"({grad.at(index)} - {scaled.at(index)})", cost=14
@@ -279,6 +312,10 @@ def _softmax_backward(e: Emitter, meta: Any, grad: Value, out: Value, dim: int, 
     return Value(grad.shape, "V", lambda i: f"({product.at(i)} - {scaled.at(i)})", cost=3)
 
 
+def _all_but(dim: int, value: Value) -> list[int]:
+    return [k for k in range(len(value.shape)) if k != dim]
+
+
 def _running(start: str, combine: str) -> Callable[..., Value]:
     def rule(e: Emitter, meta: Any, value: Value, dim: int, **_: Any) -> Value:
         if not value.shape:
@@ -287,7 +324,7 @@ def _running(start: str, combine: str) -> Callable[..., Value]:
         dim = dim % len(value.shape)
         outer = (*value.shape[:dim], *value.shape[dim + 1 :])
 
-        def write(entry: Callable[..., str]) -> list[Any]:
+        def write(entry: Callable[..., str], fixed: dict[int, Term]) -> list[Any]:
             def body(index: Index) -> list[Any]:
                 name = e.name("r")
 
@@ -300,9 +337,10 @@ def _running(start: str, combine: str) -> Callable[..., Value]:
 
                 return [f"V {name} = {start};", *e.loops([value.shape[dim]], step)]
 
-            return e.loops(outer, body)
+            moved = {k if k < dim else k - 1: term for k, term in fixed.items()}
+            return e.loops(outer, body, moved)
 
-        return e.written(value.shape, "V", write)
+        return e.written(value.shape, "V", write, _all_but(dim, value))
 
     return rule
 
@@ -310,7 +348,7 @@ def _running(start: str, combine: str) -> Callable[..., Value]:
 SUMS: dict[str, Callable[..., Any]] = {
     "sum": sum_of,
     "mean": _mean,
-    "amax": _extreme("vmax", "-__builtin_inf()"),
+    "amax": _most,
     "amin": _extreme("vmin", "__builtin_inf()"),
     "prod": _prod,
     "any": _any,

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ class Density:
     single: fx.GraphModule | None
     message: str = ""
     notes: dict[str, float] = field(default_factory=dict)
+    _graphs: dict[Any, Callable[[Tensor], dict[str, Tensor]]] = field(default_factory=dict)
 
     @property
     def num_params(self) -> int:
@@ -163,6 +165,9 @@ class Density:
                     return function(self.layout, vector)
 
             return slowly
+        held = self._graphs.get(function)
+        if held is not None:
+            return held
         names: list[str] = []
 
         def values(vector: Tensor) -> tuple[Tensor, ...]:
@@ -172,7 +177,12 @@ class Density:
 
         with quietly(self.layout.dtype):
             graph = simplify(capture(values, example), example)
-        return lambda vector: dict(zip(names, graph(vector), strict=True))
+
+        def call(vector: Tensor) -> dict[str, Tensor]:
+            return dict(zip(names, graph(vector), strict=True))
+
+        self._graphs[function] = call
+        return call
 
     def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
         """The vector ``(D,)`` of one value for each latent site."""
@@ -180,6 +190,10 @@ class Density:
 
     def fingerprint(self) -> str:
         """A hash of the traced graph and its constants; without one, of the sites."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         digest = hashlib.sha256(repr(self.layout.sites).encode())
         if self.single is not None:
             digest.update(self.single.code.encode())

@@ -13,6 +13,7 @@ from torch import Tensor
 from bayesgen import rng
 from bayesgen.capabilities import Model, Program
 from bayesgen.inference.program import FunctionModel, arguments, bound_program, with_density
+from bayesgen.inference.remembered import traced_again
 from bayesgen.inference.run import Engine, S, Task
 from bayesgen.inference.trace import Density, trace
 
@@ -42,8 +43,13 @@ class TracedEngine(Engine[S], ABC):
         if isinstance(model, Model) or not callable(model):
             return super().task(model, data, generator)
         call = arguments(model, data, dtype=self._dtype, device=self._device)
-        density = trace(
-            bound_program(model, call), dtype=self._dtype, generator=generator, traced=self._traced
+        density = traced_again(
+            model,
+            bound_program(model, call),
+            call.fingerprint(),
+            dtype=self._dtype,
+            generator=generator,
+            traced=self._traced,
         )
         adapter = FunctionModel(model, density, with_density(call, density))
         return Task(

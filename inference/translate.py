@@ -17,7 +17,7 @@ from bayesgen.inference.graph import simplify
 from bayesgen.inference.matrix_rules import MATRICES
 from bayesgen.inference.pointwise_rules import POINTWISE
 from bayesgen.inference.shape_rules import SHAPES
-from bayesgen.inference.sum_rules import SUMS
+from bayesgen.inference.sum_rules import SUMS, softmax_beside
 
 __all__ = ["Translation", "translate"]
 
@@ -118,6 +118,10 @@ def _decomposed(graph: fx.GraphModule, example: Tensor) -> fx.GraphModule:
     return graph
 
 
+def _is_view(node: fx.Node) -> bool:
+    return node.op == "call_function" and _rule_name(node) in ("unsqueeze", "view", "expand")
+
+
 class _Translator:
     def __init__(self, graph: fx.GraphModule, values: dict[fx.Node, Any]) -> None:
         self.graph, self.values = graph, values
@@ -167,6 +171,10 @@ class _Translator:
             self._check(meta)
         args = list(tree_map(self._operand, node.args))
         kwargs = {k: tree_map(self._operand, v) for k, v in node.kwargs.items()}
+        if name == "exp":
+            beside = self._softmax(node)
+            if beside is not None:
+                return self._kept(node, beside)
         if name in _INDEXED:
             args[1] = self._indices(node, args[0].shape)
         made = _RULES[name](self.emitter, meta, *args, **kwargs)
@@ -174,11 +182,29 @@ class _Translator:
             return self._kept(node, made)
         return made
 
+    def _softmax(self, node: fx.Node) -> Value | None:
+        """``exp(x - lse)`` of the log-sum-exp of ``x``: its exponentials are there."""
+        inner = node.args[0]
+        if not isinstance(inner, fx.Node) or inner.target is not torch.ops.aten.sub.Tensor:
+            return None
+        x, lse = inner.args[:2]
+        while isinstance(lse, fx.Node) and _is_view(lse):
+            lse = lse.args[0]
+        if not isinstance(lse, fx.Node) or lse.target is not torch.ops.aten.logsumexp.default:
+            return None
+        if lse.args[0] is not x or len(inner.args) > 2 or inner.kwargs:
+            return None
+        found = softmax_beside(self.emitter, self.made[lse])
+        return (
+            found if found is not None and found.shape == tuple(self.values[node].shape) else None
+        )
+
     def _kept(self, node: fx.Node, made: Value) -> Value:
         assert made.shape == tuple(self.values[node].shape), (node, made.shape)
         if made.kind == "I" or made.cost == 0:
             return made
-        if self.uses[node] > 1 or made.cost > _INLINED:
+        again = self.uses[node] > 1 or (made.still and made.cost > 2)
+        if again or made.cost > _INLINED:
             return self.emitter.settle(made)
         return made
 

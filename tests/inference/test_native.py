@@ -93,11 +93,27 @@ def regression():
     pyro.factor(
         "parts", 0.01 * torch.stack(parts).sum() + chunk.sum() + X.mT.matmul(eta).abs().sum()
     )
+    spread_out = (X @ slope).unsqueeze(-1) * shift.exp()
+    pyro.factor("rows", 0.1 * (spread_out - spread_out.logsumexp(-1, keepdim=True)).sin().sum())
+    lead = torch.linalg.solve_triangular(factor, X[:, :2].mT * shift[0], upper=False)
+    pyro.factor("solved", 0.01 * (lead.square().sum(0) + lead.cumsum(0)[1]).sum())
     with pyro.plate("data", 40):
         pyro.sample("y", dist.Bernoulli(logits=eta), obs=(X[:, 0] > 0).double())
 
 
-@pytest.mark.parametrize("program", [regression, program_of_several, enumerated_mixture])
+def mixture():
+    """Log-sum-exp over components, triangular systems over rows."""
+    weights = pyro.sample("weights", dist.Dirichlet(torch.ones(3)))
+    with pyro.plate("component", 3):
+        loc = pyro.sample("loc", dist.Normal(torch.zeros(2), 5.0).to_event(1))
+        scale = pyro.sample("scale", dist.HalfNormal(torch.ones(2)).to_event(1))
+        factor = pyro.sample("factor", dist.LKJCholesky(2, 2.0))
+    law = dist.MultivariateNormal(loc, scale_tril=scale.unsqueeze(-1) * factor)
+    with pyro.plate("data", 40):
+        pyro.sample("x", dist.MixtureSameFamily(dist.Categorical(weights), law), obs=X[:, :2])
+
+
+@pytest.mark.parametrize("program", [regression, mixture, program_of_several, enumerated_mixture])
 def test_programs(program):
     check_equal(program)
 
