@@ -29,6 +29,7 @@ Gradient = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 _GAMMA, _T0 = 0.05, 10.0
 _EARLY, _FINAL = 0.3, 0.85  # shares of the warm-up: short windows until, step size alone from
+_DIAGONAL = 0.15  # share of the warm-up before long directions are looked for
 _SHORT, _LONG = 10, 60  # draws of a chain in a window
 _FLOOR, _CEILING = 1e-20, 1e20
 _NUMBERS_HELD = 2**22
@@ -115,7 +116,7 @@ class Adaptation(NamedTuple):
             return new
         mass = variance(rows)
         basis, stretch = self.basis[:, :0], self.stretch[:, :0]
-        if low_rank and len(rows) >= 20:
+        if low_rank and self.tick >= _DIAGONAL * num_warmup and len(rows) >= 20:
             basis, stretch = long_directions(rows, mass)
         return new._replace(inverse_mass=mass, basis=basis, stretch=stretch)
 

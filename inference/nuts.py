@@ -36,8 +36,8 @@ from bayesgen.inference.trajectory import (
 
 __all__ = ["NUTS"]
 
-_DRAWS_A_STEP = 25
-_TICKS, _EARLY_TICKS = 10, 5  # warm-up trajectories in a step, and in the first third
+_DRAWS_A_STEP = 50
+_TICKS, _EARLY_TICKS = 20, 5  # warm-up trajectories in a step, and in the first third
 _SHOWN = 1000  # entries of the mass matrix kept in the attributes
 _LOW_RANK_UP_TO = 1000  # parameters
 _ACCEPTANCE = STATISTICS.index("acceptance_rate") - len(STATISTICS)
@@ -159,11 +159,10 @@ class NUTS(TracedEngine[NutsState]):
 
     @property
     def max_steps(self) -> int:
-        """One step for every few warm-up trajectories of a chain, one for every 25 draws."""
-        ticks, steps = 0, 0
-        while ticks < self.num_warmup:
-            ticks, steps = ticks + self._ticks(ticks), steps + 1
-        return steps + math.ceil(self.num_samples / _DRAWS_A_STEP)
+        """One step for every few warm-up trajectories of a chain, one for every 50 draws."""
+        early = math.ceil(self.num_warmup / (3 * _EARLY_TICKS))
+        later = max(0, self.num_warmup - early * _EARLY_TICKS)
+        return early + math.ceil(later / _TICKS) + math.ceil(self.num_samples / _DRAWS_A_STEP)
 
     def _ticks(self, tick: int) -> int:
         """Warm-up trajectories of a chain in the step that starts at ``tick``."""
@@ -288,13 +287,13 @@ class NUTS(TracedEngine[NutsState]):
         return self.metric == "low_rank"
 
     def _sampling(self, task: Task, work: Work, state: NutsState) -> tuple[NutsState, Info]:
-        """Until every chain has 25 draws more; a chain that is ahead does not wait."""
+        """Until every chain has 50 draws more; a chain that is ahead does not wait."""
         chains, noise = _own(state)
         metric = self._metric(_unpacked(state.adaptation))
         counts, tick = state.counts, state.tick + 1
         target = min(self.num_samples, _DRAWS_A_STEP * (tick - self.num_warmup))
         while int(counts.min()) < target:
-            missing = int((target - counts).clamp(min=0).sum())
+            missing = self.num_chains * int(target - counts.min())
             chains, rows = work.speed.machine.run(chains, metric, noise, missing, task.generator)
             counts = self._keep(state, counts, rows)
         new = state._replace(chains=chains._asdict(), noise=noise, counts=counts, tick=tick)
