@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 from pyro import poutine
@@ -189,7 +190,7 @@ def _check_shapes(node: Mapping[str, Any]) -> None:
             f"{shape}. Make them equal: each observed value needs its own parameters, or shares "
             "those of size 1."
         )
-    both = torch.broadcast_shapes(wanted, shape)
+    both = np.broadcast_shapes(wanted, shape)
     if wanted and shape and tuple(both) not in (wanted, shape):
         raise ProgramError(
             f"site '{name}': the distribution has shape {wanted} and the observed values {shape}, "
@@ -223,7 +224,7 @@ def outside_plates(node: Mapping[str, Any], is_discrete: bool = False) -> str:
         return ""
     law, value = node["fn"], node["value"]
     own = value.shape[: value.ndim - law.event_dim]
-    batch = torch.broadcast_shapes(law.batch_shape, own)
+    batch = np.broadcast_shapes(law.batch_shape, own)
     held = {f.dim for f in node["cond_indep_stack"] if f.vectorized}
     loose = [k for k in range(-len(batch), 0) if batch[k] > 1 and k not in held]
     if not loose:

@@ -50,7 +50,7 @@ def _machine() -> str:
         flags = next((line for line in lines if line.startswith("flags")), "")
     except OSError:
         flags = ""
-    return f"{platform.machine()} {platform.processor()} {flags}"
+    return f"{platform.machine()} {flags}"
 
 
 def _vector_library(path: str) -> list[str]:
@@ -187,13 +187,13 @@ def translated(density: Density) -> Translation:
     Raises:
         Unsupported: An operator without a rule, another device or precision, or no compiler.
     """
-    held = _TRANSLATIONS.get(density)
-    if held is not None:
-        return held
     if density.single is None or density.layout.device.type != "cpu":
         raise Unsupported("only traced programs on the CPU")
     if compiler() is None:
         raise Unsupported("there is no C++ compiler (install g++ or clang, or set CXX)")
+    held = _TRANSLATIONS.get(density)
+    if held is not None:
+        return held
     translation = translate(density.single, density._points(1)[0])
     if translation.statements > _MAX_STATEMENTS:
         raise Unsupported(f"{translation.statements} statements would take minutes to compile")

@@ -48,6 +48,11 @@ class _Recorder(TorchDispatchMode):
         # Held, or a later tensor could lie where a freed one did.
         self.viewed: dict[int, torch.UntypedStorage] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Nothing here is compiled by Dynamo, whose import alone takes most of a second.
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 from pyro import poutine
@@ -14,6 +15,7 @@ from pyro.infer import config_enumerate
 from pyro.infer.mcmc.util import TraceEinsumEvaluator
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
+from torch.distributions import transforms
 
 from bayesgen import rng
 from bayesgen.inference.complaints import (
@@ -79,6 +81,19 @@ class Layout:
         return sum(site.size for site in self.sites)
 
 
+def _shape_before(transform: Any, shape: torch.Size) -> torch.Size:
+    """``transform.inverse_shape``, without sympy, which ``torch.broadcast_shapes`` imports."""
+    if isinstance(transform, transforms.ComposeTransform):
+        for part in reversed(transform.parts):
+            shape = _shape_before(part, shape)
+        return shape
+    if isinstance(transform, transforms.AffineTransform):
+        parts = [v.shape for v in (transform.loc, transform.scale) if isinstance(v, Tensor)]
+        return torch.Size(np.broadcast_shapes(shape, *parts))
+    found: torch.Size = transform.inverse_shape(shape)
+    return found
+
+
 class _Start(Messenger):
     """Give every continuous latent a value in its support, whatever its prior; check each site."""
 
@@ -102,7 +117,7 @@ class _Start(Messenger):
             self.discrete.append(name)
             return
         transform = bijection(law, name)
-        shape = transform.inverse_shape(law.shape())
+        shape = _shape_before(transform, law.shape())
         uniform = torch.rand(shape, generator=self.generator, device=self.generator.device)
         raw = _RADIUS * (2 * uniform - 1)
         before = self.before.raw.get(name) if self.before else None

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from bayesgen.symmetry.base import PRESENT, Alignment, Symmetry
@@ -197,6 +196,8 @@ def match(reference: Fit, fit: Fit, x: object = None) -> Tensor:
     Raises:
         TypeError: A model without a :class:`LabelPermutation`.
     """
+    from scipy.optimize import linear_sum_assignment
+
     from bayesgen.capabilities import Symmetric
     from bayesgen.data import Dataset
 
@@ -285,6 +286,8 @@ def _relabel(
 
 def assign(matrix: Tensor) -> Tensor:
     """Best label for each component of each draw: ``(s, K)``, the component under each label."""
+    from scipy.optimize import linear_sum_assignment
+
     best = matrix.argmin(-2)  # the component that each label would like most
     clash = (best.sort(-1).values != torch.arange(matrix.shape[-1])).any(-1)
     values = matrix.numpy()

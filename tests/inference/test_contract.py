@@ -37,7 +37,7 @@ def binary():
 DATA = as_dataset(blobs())
 HOLES = as_dataset(holes(blobs()))
 GIBBS = {"num_chains": 2, "num_samples": 30, "num_warmup": 10}
-NUTS_SETTINGS = {"num_chains": 1, "num_samples": 60, "num_warmup": 8}  # steps: 2 and 3
+NUTS_SETTINGS = {"num_chains": 1, "num_samples": 60, "num_warmup": 8}  # two steps each
 MANY = {"num_chains": 4, "num_superchains": 2, "num_samples": 30, "num_warmup": 20}
 SVI_SETTINGS = {"num_steps": 220, "num_samples": 20}
 
