@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from bayesgen.inference.emit import Emitter, Unsupported, Value, contiguous
 from bayesgen.inference.graph import simplify
+from bayesgen.inference.index_rules import INDICES
 from bayesgen.inference.matrix_rules import MATRICES
 from bayesgen.inference.pointwise_rules import POINTWISE
 from bayesgen.inference.shape_rules import SHAPES
@@ -21,7 +22,7 @@ from bayesgen.inference.sum_rules import SUMS, softmax_beside
 
 __all__ = ["Translation", "translate"]
 
-_RULES = {**POINTWISE, **SHAPES, **SUMS, **MATRICES}
+_RULES = {**POINTWISE, **SHAPES, **INDICES, **SUMS, **MATRICES}
 _INLINED = 60  # operations that one expression may hold
 _INDEXED = ("index", "index_put")
 
