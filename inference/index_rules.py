@@ -223,6 +223,7 @@ def _select_scatter(
 
 
 INDICES: dict[str, Rule] = {
+    "repeat": _repeat,
     "cat": _cat,
     "stack": _stack,
     "index": _index,

@@ -375,6 +375,5 @@ SHAPES: dict[str, Rule] = {
     "diag_embed": _diag_embed,
     "tril": _triangle("<="),
     "triu": _triangle(">="),
-    "repeat": _repeat,
 }
 """Rule of each operator by its name in ATen, overloads alike."""
