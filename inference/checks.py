@@ -2,7 +2,29 @@
 
 from __future__ import annotations
 
-__all__ = ["check_choice", "check_settings"]
+from importlib.metadata import entry_points
+
+__all__ = ["check_called", "check_choice", "check_settings"]
+
+
+def check_called(engine: object, kind: type, model: object) -> None:
+    """Refuse a class, or a maker of models, where the thing that it makes is meant.
+
+    Raises:
+        TypeError: Parentheses forgotten after the engine or after the model.
+    """
+    if not isinstance(engine, kind):
+        raise TypeError(
+            "run was called on the engine's class, not on an engine: write the parentheses, such "
+            "as VB().run(model, data)."
+        )
+    name = getattr(model, "__name__", "")
+    declared = [point.load() for point in entry_points(group="bayesgen.models", name=str(name))]
+    if isinstance(model, type) or any(model is maker for maker in declared):
+        raise TypeError(
+            f"{type(engine).__name__}().run needs a model, but got {name} itself: call it first, "
+            f"such as {type(engine).__name__}().run({name}(...), data)."
+        )
 
 
 def check_choice(owner: str, name: str, value: object, allowed: tuple[str, ...]) -> None:

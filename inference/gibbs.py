@@ -289,14 +289,21 @@ class Gibbs(Engine[GibbsState]):
         if work.observed is None and self._seeks(task.model):
             messages.append(
                 "split-merge moves were not used, since they need rows in memory, without missing "
-                "entries "
-                "or local scales; each chain started from a variational optimum of its own "
-                "instead."
+                "entries or local scales; each chain started from a variational optimum of its "
+                "own instead."
             )
+        sample_stats = {k: v[:, :count] for k, v in state.sample_stats.items()}
+        usual = (
+            {"num_occupied": int(sample_stats["num_occupied"].long().flatten().mode().values)}
+            if "num_occupied" in sample_stats
+            else {}
+        )
         return {
             "draws": task.model.export(draws),
-            "sample_stats": {k: v[:, :count] for k, v in state.sample_stats.items()},
+            "sample_stats": sample_stats,
             "attrs": {
+                # As VB says it; of the draws, the most frequent number.
+                **usual,
                 "num_warmup": self.num_warmup,
                 "split_merge_rate": float(state.accepted.mean()) / attempts if attempts else None,
                 "messages": messages,

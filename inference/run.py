@@ -20,6 +20,7 @@ from torch import Tensor
 from bayesgen import rng
 from bayesgen.capabilities import require
 from bayesgen.data import Dataset, as_dataset
+from bayesgen.inference.checks import check_called
 from bayesgen.storage import flatten, read_folder, unflatten, write_folder
 
 if TYPE_CHECKING:
@@ -144,6 +145,7 @@ class Engine(ABC, Generic[S]):
             TypeError: The model lacks the capability.
             ValueError: Data that do not fit, or a checkpoint of another run.
         """
+        check_called(self, Engine, model)
         task = self.task(model, data, rng.make_generator(seed, self._device))
         work = self.prepare(task)
         loop = _Loop(self, task, work, seed, tuple(callbacks), resume)

@@ -219,9 +219,9 @@ def _verdict(job: Job, fit: Fit) -> str:
     parts = [f"saved {job.out}: {fit!r}"]
     if "num_occupied" in attrs:
         count = attrs["num_occupied"]
-        parts.append(f"{count} cluster{'s' * (count != 1)}")
-    elif "num_occupied" in fit.sample_stats:
-        parts.append(f"{float(fit.sample_stats['num_occupied'].mean()):.1f} clusters on average")
+        drawn = fit.sample_stats.get("num_occupied")
+        average = "" if drawn is None else f" ({float(drawn.mean()):.1f} on average)"
+        parts.append(f"{count} cluster{'s' * (count != 1)}{average}")
     parts.append(f"{attrs['num_steps']} steps, {attrs['seconds']:.1f} s")
     lines = [", ".join(parts)]
     lines += [f"bayesgen: warning: {message}" for message in attrs["messages"]]
