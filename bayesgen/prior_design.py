@@ -355,13 +355,14 @@ def _draw_components(
 
     shape: tuple[int, ...] = (num_samples,)
     if isinstance(components, priors.HierarchicalNormalInverseWishart):
-        rate = components.rate.to(torch.float64)
-        power = torch.full((num_samples, len(rate)), components.shape, dtype=torch.float64)
+        hyper = components.numbers
+        rate = hyper.rate.to(torch.float64)
+        power = torch.full((num_samples, len(rate)), hyper.shape, dtype=torch.float64)
         scales = (rng.gamma(power, generator) / rate).clamp_min(1e-300)
         components = NormalInverseWishart(
-            components.loc.to(rate),
-            torch.as_tensor(components.mean_precision).to(rate),
-            torch.as_tensor(components.df).to(rate),
+            hyper.loc.to(rate),
+            torch.as_tensor(hyper.mean_precision).to(rate),
+            torch.as_tensor(hyper.df).to(rate),
             torch.diag_embed(scales.sqrt()),
         )
         shape = ()

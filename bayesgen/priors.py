@@ -8,9 +8,9 @@ understand as well.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -126,7 +126,17 @@ class StickBreaking:
         )
 
 
-@dataclass(frozen=True, eq=False)
+class HyperNumbers(NamedTuple):
+    """The numbers of a :class:`HierarchicalNormalInverseWishart`."""
+
+    loc: Tensor
+    mean_precision: float
+    df: float
+    shape: float
+    rate: Tensor
+
+
+@dataclass(frozen=True)
 class HierarchicalNormalInverseWishart:
     r"""Normal-inverse-Wishart whose scale matrix is learned, one variance scale a column.
 
@@ -141,37 +151,71 @@ class HierarchicalNormalInverseWishart:
         Richardson & Green (1997). On Bayesian analysis of mixtures with an unknown number of
         components.
 
+    What is left out is scaled to the data when a model is bound to them: ``loc`` is their mean,
+    ``df`` is ``d + 2``, and the hyperprior expects what the default prior of the family fixes.
+
     Args:
         loc: Prior mean of the component means, ``(d,)`` in the data's units.
         mean_precision: How many observations the prior mean is worth, positive.
         df: Degrees of freedom, above ``d - 1``.
         shape: Shape of the Gamma hyperprior, positive.
         rate: Rates of the Gamma hyperprior, ``(d,)``, in 1 / squared units of the data.
+
+    Example:
+        >>> from bayesgen.models import GaussianMixture
+        >>> prior = HierarchicalNormalInverseWishart()
+        >>> GaussianMixture(10, priors={"components": prior}).num_components
+        10
     """
 
-    loc: Tensor
-    mean_precision: float
-    df: float
-    shape: float
-    rate: Tensor
+    loc: Tensor | None = None
+    mean_precision: float = 0.01
+    df: float | None = None
+    shape: float = 1.0
+    rate: Tensor | None = None
+
+    def scaled(self, loc: Tensor, expected: Tensor) -> HierarchicalNormalInverseWishart:
+        """A copy whose open parts are filled in.
+
+        Args:
+            loc: ``(d,)`` mean of the data.
+            expected: ``(d,)`` diagonal of the scale matrix that the hyperprior expects.
+        """
+        return replace(
+            self,
+            loc=loc if self.loc is None else self.loc,
+            df=len(loc) + 2.0 if self.df is None else self.df,
+            rate=self.shape / expected if self.rate is None else self.rate,
+        )
+
+    @property
+    def numbers(self) -> HyperNumbers:
+        """Its numbers, once all are there.
+
+        Raises:
+            ValueError: Some are left to the data, which are not known yet.
+        """
+        if self.loc is None or self.df is None or self.rate is None:
+            raise ValueError(
+                "HierarchicalNormalInverseWishart: loc, df and rate are left to the data, and no "
+                "data are known here: give them, or bind a model with this prior to data."
+            )
+        return HyperNumbers(self.loc, self.mean_precision, self.df, self.shape, self.rate)
 
     def __post_init__(self) -> None:
         name = "HierarchicalNormalInverseWishart"
         _check_positive(name, mean_precision=self.mean_precision, shape=self.shape)
-        if (
-            self.loc.ndim != 1
-            or self.rate.shape != self.loc.shape
-            or not bool((self.rate > 0).all())
-        ):
+        given = [part for part in (self.loc, self.rate) if part is not None]
+        positive = self.rate is None or bool((self.rate > 0).all())
+        if any(part.ndim != 1 or part.shape != given[0].shape for part in given) or not positive:
+            shapes = ["None" if p is None else tuple(p.shape) for p in (self.loc, self.rate)]
             raise ValueError(
-                f"{name}: loc has shape {tuple(self.loc.shape)} and rate "
-                f"{tuple(self.rate.shape)}; both "
-                "must be (d,), and every rate positive."
+                f"{name}: loc has shape {shapes[0]} and rate {shapes[1]}; both must be (d,), and "
+                "every rate positive."
             )
-        if not self.df > self.loc.shape[0] - 1:
-            raise ValueError(
-                f"{name}: df={self.df}, but it must exceed d - 1 = {self.loc.shape[0] - 1}."
-            )
+        d = len(given[0]) if given else 0
+        if self.df is not None and not self.df > d - 1:
+            raise ValueError(f"{name}: df={self.df}, but it must exceed d - 1 = {d - 1}.")
 
 
 Prior = (

@@ -158,7 +158,9 @@ class Mixture(Model, Program, Scored, Generative, Encoder, Conditional, Symmetri
     def bind(self, data: Dataset) -> Self:
         own = {site: prior for site, prior in self.priors.items() if site != "weights"}
         family = self.family.bind(data, self.num_components, own)
-        return replace(self, family=family, bound=True)
+        # As the family scaled them to the data, so that a saved model is complete.
+        filled = {site: prior for site, prior in family.priors.items() if site in own}
+        return replace(self, family=family, priors={**self.priors, **filled}, bound=True)
 
     def to(self, device: torch.device) -> Self:
         return replace(self, family=self.family.to(device))

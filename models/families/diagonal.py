@@ -27,13 +27,13 @@ from bayesgen.models.families.factorised import (
     sample_site,
     stack_features,
 )
-from bayesgen.models.families.gaussian import column_scales
+from bayesgen.models.families.gaussian import check_columns, column_scales
 from bayesgen.models.families.normal_inverse_gamma import (
     NormalInverseGammaBlock,
     diagonal_natural,
 )
 from bayesgen.models.families.spread import within_share
-from bayesgen.priors import HierarchicalNormalInverseWishart, describe
+from bayesgen.priors import HierarchicalNormalInverseWishart, HyperNumbers, describe
 
 if TYPE_CHECKING:
     from bayesgen.capabilities import Tensors
@@ -92,8 +92,20 @@ class DiagonalGaussian(Factorised):
             columns=data.columns,
             offset=offset,
             scale=scale,
-            given=self._checked(priors, len(offset)),
+            given=self._checked(self._scaled(priors, num_components, offset, scale), len(offset)),
         )
+
+    @staticmethod
+    def _scaled(
+        priors: Mapping[str, Any], num_components: int, offset: Tensor, scale: Tensor
+    ) -> Mapping[str, Any]:
+        """The priors, with what a hierarchical one leaves open scaled to the data."""
+        prior = priors.get("components")
+        if not isinstance(prior, HierarchicalNormalInverseWishart):
+            return priors
+        # The diagonal of an inverse-Wishart with 3 + d - 1 degrees of freedom has 3 of its own.
+        expected = 3.0 * (within_share(num_components, len(offset)) * scale).square()
+        return {**priors, "components": prior.scaled(offset, expected)}
 
     def describe(self) -> str:
         return f"Gaussian, {'spherical' if self.spherical else 'diagonal'} covariance"
@@ -125,12 +137,7 @@ class DiagonalGaussian(Factorised):
         prior = column_prior("components", prior, (d, 2), allowed=(hierarchical,))
         shared: tuple[Tensor, ...] = ()
         if isinstance(prior, hierarchical):
-            if len(prior.loc) != d:
-                raise ValueError(
-                    f"prior of site 'components': loc has {len(prior.loc)} entries, but the data "
-                    f"have {d} columns."
-                )
-            shared = (prior.rate,)
+            shared = (check_columns(prior, d).numbers.rate,)
         elif isinstance(prior, NormalInverseGamma):
             shared = (prior.concentration, prior.rate)
         elif isinstance(prior, torch.distributions.Distribution):
@@ -175,10 +182,13 @@ class DiagonalGaussian(Factorised):
         assert self.scale is not None
         rate = hyper_shape = hyper_rate = None
         if isinstance(prior, HierarchicalNormalInverseWishart):
-            hyper_shape, hyper_rate = float(prior.shape), prior.rate.to(centre)[:c]
-            kappa = torch.full_like(centre, float(prior.mean_precision))
-            concentration = torch.full_like(centre, _half_df(prior))[:c]
+            hyper = prior.numbers
+            loc = hyper.loc
+            hyper_shape, hyper_rate = float(hyper.shape), hyper.rate.to(centre)[:c]
+            kappa = torch.full_like(centre, float(hyper.mean_precision))
+            concentration = torch.full_like(centre, _half_df(hyper))[:c]
         elif isinstance(prior, NormalInverseGamma):
+            loc = prior.loc
             kappa = self._by_column(prior.mean_precision)
             concentration = self._by_column(prior.concentration)[:c]
             rate = self._by_column(prior.rate)[:c]
@@ -191,7 +201,7 @@ class DiagonalGaussian(Factorised):
             )
         return NormalInverseGammaBlock(
             num_components=self.num_components,
-            loc=self._by_column(prior.loc) - centre,
+            loc=self._by_column(loc) - centre,
             mean_precision=kappa,
             concentration=concentration,
             rate=rate,
@@ -331,14 +341,15 @@ class DiagonalGaussian(Factorised):
             }
         prior = priors["components"]
         if isinstance(prior, HierarchicalNormalInverseWishart):
-            rate = prior.rate[0] if self.spherical else prior.rate
-            gamma = dist.Gamma(torch.full_like(rate, float(prior.shape)), rate)
+            hyper = prior.numbers
+            rate = hyper.rate[0] if self.spherical else hyper.rate
+            gamma = dist.Gamma(torch.full_like(rate, float(hyper.shape)), rate)
             law = gamma if self.spherical else gamma.to_event(1)
             scale = pyro.sample(prefix + "column_scale", law)
             values["column_scale"] = scale
             half = 0.5 * scale.unsqueeze(-1) if self.spherical else 0.5 * scale
-            kappa = float(prior.mean_precision)
-            prior = NormalInverseGamma(prior.loc, kappa, _half_df(prior), half)
+            kappa = float(hyper.mean_precision)
+            prior = NormalInverseGamma(hyper.loc, kappa, _half_df(hyper), half)
         elif not isinstance(prior, NormalInverseGamma):
             prior = prior()
         marginal = prior.variance_marginal()
@@ -355,7 +366,7 @@ class DiagonalGaussian(Factorised):
         return {**values, "loc": loc, "variance": variance}
 
 
-def _half_df(prior: HierarchicalNormalInverseWishart) -> float:
+def _half_df(prior: HyperNumbers) -> float:
     """Concentration of the variances on the diagonal of the inverse-Wishart."""
     return 0.5 * (float(prior.df) - len(prior.loc) + 1.0)
 

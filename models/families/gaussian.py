@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from bayesgen.capabilities import Tensors
     from bayesgen.data import Dataset
 
-__all__ = ["Gaussian", "column_scales", "full_log_prob", "quadratic_scores"]
+__all__ = ["Gaussian", "check_columns", "column_scales", "full_log_prob", "quadratic_scores"]
 
 _MEAN_PRECISION = 0.01
 _LOG_2PI = math.log(2.0 * math.pi)
@@ -51,6 +51,26 @@ def column_scales(data: Dataset) -> tuple[Tensor, Tensor]:
     # A constant column has no scale of its own: take one that rounding at its size cannot fill.
     smallest = 1e-6 * centre.abs().clamp_min(1.0)
     return centre, torch.where(scale > 1e-9 * centre.abs().clamp_min(1e-300), scale, smallest)
+
+
+def check_columns(
+    prior: HierarchicalNormalInverseWishart, num_columns: int
+) -> HierarchicalNormalInverseWishart:
+    """Refuse a complete prior that is for another number of columns."""
+    length = len(prior.numbers.loc)
+    if length != num_columns:
+        raise ValueError(
+            f"prior of site 'components': loc has {length} entries, but the data have "
+            f"{num_columns} columns."
+        )
+    return prior
+
+
+def _default_scale(spread: Tensor, num_components: int) -> Tensor:
+    """Square roots ``(d,)`` of the diagonal scale matrix of the default prior."""
+    d = len(spread)
+    # E[precision]_jj = df / scale_jj: the conditional variance expected is (within spread)^2.
+    return within_share(num_components, d) * (d + 2.0) ** 0.5 * spread
 
 
 def quadratic_scores(group: Group, message: Tensors, d: int) -> tuple[Tensor, Tensor]:
@@ -136,11 +156,10 @@ class Gaussian(Family):
                     "take bayesgen.distributions.NormalInverseWishart. Or give 'loc' and "
                     "'scale_tril' apart."
                 )
-            if isinstance(prior, HierarchicalNormalInverseWishart) and len(prior.loc) != d:
-                raise ValueError(
-                    f"prior of site 'components': loc has {len(prior.loc)} entries, but the data "
-                    f"have {d} columns."
-                )
+            if isinstance(prior, HierarchicalNormalInverseWishart):
+                spread = conditional_scales(data, offset, scale)
+                expected = _default_scale(spread, num_components).square()
+                priors = {"components": check_columns(prior.scaled(offset, expected), d)}
         for site, shape in (("loc", (d,)), ("scale_tril", (d, d))):
             if site in priors:
                 check_prior(site, priors[site], event_shape=shape)
@@ -181,13 +200,11 @@ class Gaussian(Family):
     def _default(self) -> NormalInverseWishart:
         df = self._d + 2.0
         assert self.spread is not None
-        within = within_share(self.num_components, self._d)
-        # E[precision]_jj = df / scale_jj: the conditional variance expected is (within spread)^2.
         return NormalInverseWishart(
             self._centre,
             torch.tensor(_MEAN_PRECISION, dtype=torch.float64),
             torch.tensor(df, dtype=torch.float64),
-            torch.diag(within * df**0.5 * self.spread),
+            torch.diag(_default_scale(self.spread, self.num_components)),
         )
 
     @property
@@ -195,8 +212,9 @@ class Gaussian(Family):
         prior = self.priors.get("components")
         assert self.scale is not None
         if isinstance(prior, HierarchicalNormalInverseWishart):
-            scale, shape, rate = None, prior.shape, prior.rate.to(self._centre)
-            loc, kappa, df = prior.loc, float(prior.mean_precision), float(prior.df)
+            hyper = prior.numbers
+            scale, shape, rate = None, hyper.shape, hyper.rate.to(self._centre)
+            loc, kappa, df = hyper.loc, float(hyper.mean_precision), float(hyper.df)
         elif isinstance(prior, NormalInverseWishart) and prior.batch_shape.numel() == 1:
             tril = prior.scale_tril.reshape(self._d, self._d).to(self._centre)
             scale, shape, rate = tril @ tril.mT, None, None
@@ -396,13 +414,14 @@ class Gaussian(Family):
             return self._program_by_site(priors, plate, prefix)
         prior = priors["components"]
         if isinstance(prior, HierarchicalNormalInverseWishart):
-            shape = torch.full_like(prior.rate, prior.shape)
-            scale = pyro.sample(prefix + "column_scale", dist.Gamma(shape, prior.rate).to_event(1))
+            hyper = prior.numbers
+            shape = torch.full_like(hyper.rate, hyper.shape)
+            scale = pyro.sample(prefix + "column_scale", dist.Gamma(shape, hyper.rate).to_event(1))
             values["column_scale"] = scale
             prior = NormalInverseWishart(
-                prior.loc,
-                torch.as_tensor(prior.mean_precision, dtype=scale.dtype),
-                torch.as_tensor(prior.df, dtype=scale.dtype),
+                hyper.loc,
+                torch.as_tensor(hyper.mean_precision, dtype=scale.dtype),
+                torch.as_tensor(hyper.df, dtype=scale.dtype),
                 torch.diag_embed(scale.sqrt()),
             )
         elif not isinstance(prior, NormalInverseWishart):

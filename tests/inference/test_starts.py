@@ -84,3 +84,21 @@ def test_features_are_kept_where_they_are_no_larger_than_the_rows(wide: bool, mo
     first, second = list(source), list(source)
     assert len(first) == len(second) == 3
     assert all(a is b for a, b in zip(first, second, strict=True)) == wide
+
+
+def test_forgotten_parentheses_are_named() -> None:
+    x = torch.arange(18.0, dtype=torch.float64).reshape(9, 2)
+    for model in (GaussianMixture, Mixture):
+        with pytest.raises(TypeError, match=rf"VB\(\)\.run\({model.__name__}\(\.\.\.\), data\)"):
+            VB().run(model, x)
+    with pytest.raises(TypeError, match="called on the engine's class"):
+        VB.run(GaussianMixture(2), x)
+
+
+def test_gibbs_says_how_many_clusters(generator) -> None:
+    x = torch.randn((40, 1), generator=generator, dtype=torch.float64)
+    x[:20] += 30.0
+    engine = Gibbs(num_chains=2, num_samples=40, num_warmup=40)
+    fit = engine.run(GaussianMixture(4), x, seed=0)
+    counts = fit.sample_stats["num_occupied"].flatten().long()
+    assert fit.attrs["num_occupied"] == int(counts.bincount().argmax()) == 2

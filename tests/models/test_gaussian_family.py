@@ -9,8 +9,12 @@ import pyro.distributions as dist
 import pytest
 import torch
 
+import bayesgen
+from bayesgen import rng
 from bayesgen.data import as_dataset
 from bayesgen.distributions import NormalInverseGamma, NormalInverseWishart
+from bayesgen.inference import EM
+from bayesgen.models import GaussianMixture
 from bayesgen.models.families.diagonal import DiagonalGaussian
 from bayesgen.models.families.gaussian import Gaussian
 from bayesgen.models.families.quadratic import safe_cholesky, unpack_moments
@@ -247,3 +251,33 @@ def test_a_given_prior_is_used_in_the_datas_units():
     statistics = bound.statistics(bound.observe(X), ones, None, None)
     values = bound.export(bound.block.maximise(statistics))
     torch.testing.assert_close(values["loc"][0], loc, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("covariance", ["full", "tied", "diagonal", "spherical"])
+def test_a_hierarchical_prior_left_open_is_scaled_to_the_data(covariance, tmp_path) -> None:
+    """Its hyperprior expects what the default prior fixes; units of the columns do not matter."""
+    x = torch.randn((40, 2), dtype=torch.float64, generator=rng.make_generator(3))
+    x = x * torch.tensor([1.0, 1.0 if covariance == "spherical" else 1e4]) + 7.0
+    prior = HierarchicalNormalInverseWishart(shape=2.0)
+    model = GaussianMixture(3, covariance, priors={"components": prior})
+    bound = model.bind(as_dataset(x))
+    numbers = bound.priors["components"].numbers
+    torch.testing.assert_close(numbers.loc, x.mean(0))
+    assert numbers.df == 4.0
+    expected = numbers.shape / numbers.rate
+    default = GaussianMixture(3, covariance).bind(as_dataset(x)).all_priors["components"]
+    if covariance in ("full", "tied"):
+        torch.testing.assert_close(expected, default.scale_tril.diagonal().square())
+    else:
+        torch.testing.assert_close(0.5 * expected, default.rate.expand(2))
+    fit = EM(num_starts=1, max_steps=3).run(model, x)
+    fit.save(tmp_path)
+    assert torch.equal(bayesgen.load(tmp_path).log_prob(x), fit.log_prob(x))
+
+
+def test_open_hierarchical_priors_say_what_they_need() -> None:
+    with pytest.raises(ValueError, match="no data are known here"):
+        _ = HierarchicalNormalInverseWishart().numbers
+    wrong = HierarchicalNormalInverseWishart(loc=torch.zeros(3))
+    with pytest.raises(ValueError, match=r"3 entries, but the data have 2|must be \(d,\)"):
+        GaussianMixture(2, priors={"components": wrong}).bind(as_dataset(torch.arange(18.0).reshape(9, 2)))
