@@ -278,8 +278,6 @@ def test_a_hierarchical_prior_left_open_is_scaled_to_the_data(covariance, tmp_pa
 def test_open_hierarchical_priors_say_what_they_need() -> None:
     with pytest.raises(ValueError, match="no data are known here"):
         _ = HierarchicalNormalInverseWishart().numbers
-    wrong, two = HierarchicalNormalInverseWishart(loc=torch.zeros(3)), torch.eye(2)
-    with pytest.raises(ValueError, match=r"3 entries, but the data have 2|must be \(d,\)"):
-        GaussianMixture(2, priors={"components": wrong}).bind(
-            as_dataset(torch.arange(18.0).reshape(9, 2))
-        )
+    wrong = HierarchicalNormalInverseWishart(loc=torch.zeros(3))
+    with pytest.raises(ValueError, match=r"must be \(d,\)"):
+        GaussianMixture(2, priors={"components": wrong}).bind(as_dataset(torch.eye(2)))
