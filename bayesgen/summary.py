@@ -77,9 +77,10 @@ class Summary:
     def _chosen(self) -> dict[str, Tensor]:
         chosen, total = {}, 0
         for name, value in {**self.fit.invariants, **self.fit.aligned.draws}.items():
-            total += value[0, 0].numel()
-            if total <= _MAX_ENTRIES:
+            size = value[0, 0].numel()
+            if total + size <= _MAX_ENTRIES:  # a large one does not push out those behind it
                 chosen[name] = value
+                total += size
         return chosen
 
     def draws_of(self, label: str) -> NDArray[np.float64]:

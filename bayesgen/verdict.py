@@ -202,12 +202,13 @@ def _table(fit: Fit) -> pd.DataFrame:
         value = fit.aligned.draws[name]
         index = np.flatnonzero(summary.is_readable(name, value))
         index = index[np.unique(np.linspace(0, len(index) - 1, _SAMPLED).round().astype(int))]
-        some = value.flatten(2)[..., index].cpu().numpy()
+        entries = value.reshape(*value.shape[:2], -1)[..., index]
+        some = entries.cpu().numpy()
         part = summarise(convert({"posterior": {name: some}}, coords={}, dims={}))
         part.index = [f"{name}[{i}]" for i in index]
         groups = fit.attrs.get("num_superchains", 0)
         if groups > 1:
-            part["r_hat"] = nested_r_hat(value.flatten(2)[..., index], groups).numpy()
+            part["r_hat"] = nested_r_hat(entries, groups).numpy()
         tables.append(part[columns].astype(float))
     table = pd.concat(tables)
     # Quantiles of what takes few values are those values: their effective size means nothing.

@@ -28,7 +28,7 @@ from torch import Tensor
 from bayesgen import rng
 from bayesgen.conjugate import Block
 from bayesgen.distributions._low_rank import pack, pack_outer, unpack
-from bayesgen.models.linear.expansion import expand_latents
+from bayesgen.models.linear.expansion import expand_latents, rotate_latents
 from bayesgen.models.linear.relevance import Relevance, gamma_kl, gamma_log_prob
 
 if TYPE_CHECKING:
@@ -322,8 +322,8 @@ class LoadingsBlock(Block):
         if previous is None:
             tau, relevance = self._first(statistics)
         else:
-            tau, relevance = previous["variance"].reciprocal(), previous.get("precision")
-            statistics = self._expand_latents(statistics, previous, generator)
+            tau = previous["variance"].reciprocal()
+            statistics, relevance = self._move_latents(statistics, previous, generator)
         law = self._regress(statistics, tau, self._prior_precision(relevance))
         loadings = self._draw_loadings(law, generator)
         residual = self._by_noise(self._at(statistics, loadings))
@@ -332,22 +332,34 @@ class LoadingsBlock(Block):
         if self.relevance is not None:
             assert relevance is not None
             square = loadings[..., :-1].square().sum(-2)
-            relevance = self.relevance.draw(relevance, square, self._d, generator=generator)
+            rate = self.relevance.draw_rate(relevance, generator=generator)
+            relevance = self.relevance.draw(rate, square, self._d, generator=generator)
         return self._values(loadings, tau, relevance)
 
-    def _expand_latents(
+    def _move_latents(
         self, statistics: Tensors, values: Tensors, generator: torch.Generator
-    ) -> dict[str, Tensor]:
-        """A move along location, scale and shear of the latents, which plain Gibbs is slow in."""
-        prior = self._prior_precision(values.get("precision"))
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Moves of the latents that plain Gibbs is slow in, and the directions' precisions."""
+        augmented, relevance, law = self._augment(values), values.get("precision"), self.relevance
+        if law is not None:
+            assert relevance is not None
+            rate = law.draw_rate(relevance, generator=generator)
+            statistics, augmented = rotate_latents(
+                statistics,
+                augmented,
+                lambda square: law.log_marginal(rate, square, self._d),
+                generator=generator,
+            )
+            square = augmented[..., :-1].square().sum(-2)
+            relevance = law.draw(rate, square, self._d, generator=generator)
+        prior = self._prior_precision(relevance)
 
         def log_prior(loadings: Tensor) -> Tensor:
             return -0.5 * (prior * (loadings - self.loc).square()).sum((-2, -1))
 
         order = prior[..., :-1].mean(-2).argsort(-1)
-        return expand_latents(
-            statistics, self._augment(values), log_prior, order, generator=generator
-        )
+        moved = expand_latents(statistics, augmented, log_prior, order, generator=generator)
+        return moved, relevance
 
     @staticmethod
     def _augment(values: Tensors) -> Tensor:

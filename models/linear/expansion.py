@@ -1,4 +1,4 @@
-r"""A Gibbs move along what the likelihood does not see: location, scale and shear of the latents.
+r"""Gibbs moves along what the likelihood does not see: the latents' location, shape and rotation.
 
 Given the latents, loadings are known to the noise's precision; given the loadings, so are the
 latents. Where the signal is strong, plain Gibbs therefore crawls. But the likelihood depends on
@@ -19,10 +19,15 @@ Bartlett's decomposition; the move proposes the element that takes the old ones 
 
 It is an independence sampler on the group's orbit (left Haar measure), exact for any prior. The
 triangle is ordered by the prior's precisions, so that directions that are switched off are not
-mixed into those that live; that order does not depend on what moves. Where rows have scales
+mixed into those that live; that order does not depend on what moves. A few directions at a time
+are moved so, the others staying where they are. Where rows have scales
 :math:`u_i` of their own and :math:`z_i \sim \mathrm{N}(0, I / u_i)`, means and scatter are
 weighted by them and :math:`m \sim \mathrm{N}(0, I / \sum_i u_i)`, but Bartlett's degrees of
 freedom still count rows.
+
+Rotations have a move of their own, since those of the triangle are small and a prior with learned
+precisions holds columns where they are: pairs of directions are turned by a uniform angle, and the
+turn is judged by the prior with the precisions integrated out.
 
 References:
     Liu & Sabatti (2000). Generalised Gibbs sampler and multigrid Monte Carlo for Bayesian
@@ -32,8 +37,9 @@ References:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,7 +50,10 @@ from bayesgen.distributions._low_rank import pack, unpack
 if TYPE_CHECKING:
     from bayesgen.capabilities import Tensors
 
-__all__ = ["expand_latents"]
+__all__ = ["expand_latents", "rotate_latents"]
+
+
+_BLOCK = 4  # directions moved at once: many would rarely be accepted together
 
 
 class _Element(NamedTuple):
@@ -82,20 +91,83 @@ def expand_latents(
     count = statistics.get("rows", moments[..., -1, -1:])
     if float(count.min()) <= size:
         return dict(statistics)  # too few rows for a scatter of full rank
-    element = _propose(moments, count, order, generator)
-    weights = torch.linalg.solve(element.matrix.mT, loadings[..., :-1].mT).mT
-    moved = torch.cat([weights, loadings[..., -1:] - weights @ element.shift], -1)
-    ratio = log_prior(moved) - log_prior(loadings) - d * element.log_det
-    uniform = torch.rand(ratio.shape, generator=generator, dtype=ratio.dtype, device=ratio.device)
-    accepted = uniform.log() < ratio
-    matrix = torch.where(accepted[..., None, None], _affine(element), _eye(moments))
-    each = matrix.unsqueeze(-3)
+    place, total = order.argsort(-1), _eye(moments).expand(moments.shape)
+    shuffled = torch.rand(size - 1, generator=generator, device=loadings.device).argsort()
+    for block in shuffled.split(_BLOCK):
+        inside = torch.cat([block, block.new_tensor([size - 1])])
+        part = moments[..., inside, :][..., inside]
+        element = _propose(part, count, place[..., block].argsort(-1), generator)
+        weights = torch.linalg.solve(element.matrix.mT, loadings[..., block].mT).mT
+        moved = loadings.clone()
+        moved[..., block] = weights
+        moved[..., -1:] -= weights @ element.shift
+        ratio = log_prior(moved) - log_prior(loadings) - d * element.log_det
+        uniform = torch.rand(
+            ratio.shape, generator=generator, dtype=ratio.dtype, device=ratio.device
+        )
+        accepted = (uniform.log() < ratio)[..., None, None]
+        matrix = _eye(moments).repeat(*ratio.shape, 1, 1)
+        matrix[..., block[:, None], block] = element.matrix
+        matrix[..., block, -1] = element.shift.squeeze(-1)
+        matrix = torch.where(accepted, matrix, _eye(moments))
+        loadings = torch.where(accepted, moved, loadings)
+        moments, total = matrix @ moments @ matrix.mT, matrix @ total
+    return _mapped(statistics, total)
+
+
+def _mapped(statistics: Tensors, matrix: Tensor) -> dict[str, Tensor]:
+    """Statistics of the latents ``matrix @ (z, 1)``."""
+    size, each = matrix.shape[-1], matrix.unsqueeze(-3)
     return {
         **statistics,
-        "latent": pack(matrix @ moments @ matrix.mT),
+        "latent": pack(matrix @ unpack(statistics["latent"], size) @ matrix.mT),
         "second": pack(each @ unpack(statistics["second"], size) @ each.mT),
         "cross": statistics["cross"] @ matrix.mT,
     }
+
+
+def rotate_latents(
+    statistics: Tensors,
+    loadings: Tensor,
+    log_prior: Callable[[Tensor], Tensor],
+    *,
+    generator: torch.Generator,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Statistics and augmented loadings after random pairs of directions have been turned.
+
+    Args:
+        statistics: Of drawn latents.
+        loadings: Augmented loadings ``(..., d, q + 1)``.
+        log_prior: Log prior density, up to a constant, of columns of loadings by their squared
+            lengths ``(..., q)``: ``(..., q)``.
+        generator: Source of randomness.
+    """
+    lead, q = loadings.shape[:-2], loadings.shape[-1] - 1
+    pairs = q // 2
+    if pairs == 0:
+        return dict(statistics), loadings
+    where: dict[str, Any] = {"dtype": loadings.dtype, "device": loadings.device}
+    order = torch.rand((*lead, q), generator=generator, **where).argsort(-1)
+    angle = 2.0 * math.pi * torch.rand((*lead, pairs), generator=generator, **where)
+    cosine, sine = angle.cos(), angle.sin()
+    blocks = torch.eye(q, **where).repeat(*lead, 1, 1)
+    even = torch.arange(0, 2 * pairs, 2, device=loadings.device)
+    odd = even + 1
+    blocks[..., even, even] = blocks[..., odd, odd] = cosine
+    blocks[..., even, odd], blocks[..., odd, even] = sine, -sine
+    places = torch.nn.functional.one_hot(order, q).to(loadings.dtype)
+    weights = loadings[..., :-1] @ places.mT  # columns in the order of the pairs
+    before = log_prior((weights @ places).square().sum(-2))
+    after = log_prior((weights @ blocks @ places).square().sum(-2))
+    gain = (places @ (after - before).unsqueeze(-1)).squeeze(-1)[..., : 2 * pairs]
+    ratio = gain.unflatten(-1, (pairs, 2)).sum(-1)
+    uniform = torch.rand(ratio.shape, generator=generator, **where)
+    refused = (uniform.log() >= ratio).repeat_interleave(2, -1)
+    refused = torch.nn.functional.pad(refused, (0, q - 2 * pairs))
+    blocks = torch.where(refused.unsqueeze(-2), torch.eye(q, **where), blocks)
+    turn = torch.eye(q + 1, **where).repeat(*lead, 1, 1)
+    turn[..., :q, :q] = places.mT @ blocks @ places
+    return _mapped(statistics, turn.mT), loadings @ turn
 
 
 def _propose(
@@ -121,11 +193,3 @@ def _propose(
 
 def _eye(like: Tensor) -> Tensor:
     return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
-
-
-def _affine(element: _Element) -> Tensor:
-    """``(R z + t, 1)`` as a matrix on ``(z, 1)``."""
-    top = torch.cat([element.matrix, element.shift], -1)
-    bottom = torch.zeros_like(top[..., :1, :])
-    bottom[..., -1] = 1.0
-    return torch.cat([top, bottom], -2)

@@ -78,24 +78,26 @@ class Relevance:
             return self.rate.expand(precision.shape)
         return (_HALF + self.shape) / (self.rate + precision)
 
-    def draw(
-        self,
-        previous: Tensor,
-        square: Tensor,
-        num_columns: int,
-        *,
-        generator: torch.Generator,
-    ) -> Tensor:
-        """Precisions given the squared lengths ``(..., q)`` of the columns of loadings.
+    def draw_rate(self, precision: Tensor, *, generator: torch.Generator) -> Tensor:
+        """Rates ``(..., q)`` given the precisions."""
+        if not self.is_horseshoe:
+            return self.rate.expand(precision.shape)
+        shape = (_HALF + self.shape).expand(precision.shape)
+        return rng.gamma(shape, generator) / (self.rate + precision)
 
-        Rates are drawn given the ``previous`` precisions first.
-        """
-        rate = self.rate
-        if self.is_horseshoe:
-            shape = (_HALF + self.shape).expand(previous.shape)
-            rate = rng.gamma(shape, generator) / (self.rate + previous)
+    def draw(
+        self, rate: Tensor, square: Tensor, num_columns: int, *, generator: torch.Generator
+    ) -> Tensor:
+        """Precisions given rates and the squared lengths ``(..., q)`` of columns of loadings."""
         shape = (self.shape + 0.5 * num_columns).expand(square.shape)
         return rng.gamma(shape, generator) / (rate + 0.5 * square)
+
+    def log_marginal(self, rate: Tensor, square: Tensor, num_columns: int) -> Tensor:
+        """Log density of columns of loadings by squared length, precisions integrated out.
+
+        Up to a constant, by direction: a Student-t.
+        """
+        return -(self.shape + 0.5 * num_columns) * (rate + 0.5 * square).log()
 
     def mode(self, previous: Tensor, square: Tensor, num_columns: int) -> Tensor:
         """The mode in the basis of logarithms; a step of EM over the rates."""

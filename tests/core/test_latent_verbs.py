@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from bayesgen import rng
-from bayesgen.capabilities import Conditional, Denoising, Explained, Model
+from bayesgen.capabilities import Conditional, Denoising, Explained, Model, Symmetric
 from bayesgen.data import as_dataset
 from bayesgen.explained import ExplainedVariance
 from bayesgen.fit import Fit
+from bayesgen.symmetry import Rotation
 from bayesgen.toys import UnitMixture, pretend
 
 __all__: list[str] = []
@@ -174,3 +175,28 @@ def test_a_missing_capability_is_named(fit):
     bare = dataclasses.replace(fit, model=Shrunk())
     with pytest.raises(TypeError, match="Conditional"):
         bare.condition(fit.data, ["a"])
+
+
+# ---------------------------------------------------------------- summaries of many entries
+def test_a_large_invariant_pushes_out_neither_scalars_nor_loadings():
+    class Wide(Model, Symmetric):
+        """Draws of a scalar, behind an invariant of too many entries for a table."""
+
+        dims = MappingProxyType({})
+        bind = to = to_config = from_config = lambda self, *_: self
+        coords = lambda self: {}  # noqa: E731
+        is_bound = True
+        symmetry = Rotation(1)
+
+        def invariants(self, draws):
+            return {"covariance": draws["loadings"].expand(*draws["loadings"].shape[:2], 40, 40)}
+
+    generator = rng.make_generator(0)
+    draws = {
+        "loadings": 3.0 + rng.standard_normal((4, 50, 3, 1), generator),
+        "noise_scale": rng.standard_normal((4, 50), generator),
+    }
+    data = as_dataset([[0.0], [1.0]], kinds="real")
+    told = Fit(Wide(), draws, data=data).summary()
+    assert set(told.table.index) == {"noise_scale", *(f"loadings[{j}, 0]" for j in range(3))}
+    assert told.problems is not None

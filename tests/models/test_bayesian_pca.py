@@ -254,8 +254,12 @@ def geweke(*, gaps=False, horseshoe=False, num_chains=200, num_steps=25):
     )
 
 
-@pytest.mark.parametrize(("gaps", "horseshoe"), [(False, False), (True, False), (False, True)])
-def test_geweke(gaps, horseshoe):
+@pytest.mark.parametrize(
+    ("gaps", "horseshoe", "block"),
+    [(False, False, 4), (False, False, 1), (True, False, 4), (False, True, 4)],
+)
+def test_geweke(gaps, horseshoe, block, monkeypatch):
+    monkeypatch.setattr(expansion, "_BLOCK", block)
     result = geweke(gaps=gaps, horseshoe=horseshoe)
     assert result.p_value > 1e-3, result
 
