@@ -124,6 +124,9 @@ class StudentT(Family):
     default ``Gamma(2, 0.1)`` (mode 10, mean 20), which favours heavy tails and allows Gaussian
     ones.
 
+    There is no closed posterior predictive: the log density of new rows under a fit is the
+    log-mean-exp over its draws, with their Monte Carlo error.
+
     Priors: ``"components"``, or ``"loc"`` and ``"scale_tril"`` apart, as for the Gaussian;
     ``"df"`` is any distribution of one positive number, cut to 0.1 ... 1000 in EM, variational
     Bayes and Gibbs.
