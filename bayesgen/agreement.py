@@ -43,9 +43,7 @@ class _Marginal:
     """Effective number of draws."""
 
 
-def agreement(
-    fits: Mapping[str, Fit] | Fit | list[Fit], *others: Any, x: object = None, **more: Fit
-) -> pd.DataFrame:
+def agreement(*fits: Any, x: object = None, **more: Fit) -> pd.DataFrame:
     """Where fits of one model by several engines differ, in invariant quantities.
 
     Compares the mean log density of ``x``, the model's invariants, and the occupied weights sorted
@@ -53,8 +51,8 @@ def agreement(
     The first fit is the reference. :func:`bayesgen.plots.agreement` draws the table.
 
     Args:
-        fits: By name, the reference first; or a list of fits, called after their engines.
-        *others: More fits, where the first argument is one; or ``x``, after a mapping.
+        *fits: Fits, called after their engines, the reference first; or one mapping by name, which
+            ``x`` may follow.
         x: Rows to score, held out where possible; by default the reference's training data.
         **more: Fits by name.
 
@@ -78,10 +76,10 @@ def agreement(
     """
     import pandas as pd
 
-    if x is None and others and isinstance(fits, Mapping):
-        (x,) = others
-        others = ()
-    chosen = named((fits, *others), more, "agreement")  # type: ignore[arg-type]
+    given: list[Any] = list(fits)
+    if len(given) == 2 and isinstance(given[0], Mapping):
+        x = given.pop()
+    chosen = named(tuple(given), more, "agreement")
     reference, first = next(iter(chosen.items()))
     rows = first.data if x is None else x
     if rows is None and isinstance(first.model, Scored):

@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from bayesgen.capabilities import Model, Pointwise, Simulated, Tensors
-from bayesgen.inference.sites import Layout
 from bayesgen.inference.trace import Density
 from bayesgen.prior_replacement import Reprior
 from bayesgen.replay import log_priors, simulate
 from bayesgen.schema import Schema
 
-__all__ = ["Arguments", "CodeModel", "FunctionModel", "arguments"]
+__all__ = ["Arguments", "CodeModel", "FunctionModel", "arguments", "labels_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -275,8 +274,9 @@ class FunctionModel(CodeModel, Pointwise):
             sizes |= dict(zip(self.dims[name], value, strict=True))
         for name, values in layout.observed.items():
             sizes |= dict(zip(layout.observed_dims[name], values.shape, strict=True))
-        labels = _labels(self.function, self.arguments, layout, sizes)
-        return {dim: labels.get(dim, list(range(size))) for dim, size in sizes.items()}
+        return labels_of(
+            self.function, self.arguments, layout.observed, layout.observed_dims, sizes
+        )
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
@@ -312,23 +312,27 @@ def _named_arguments(function: Callable[..., Any], call: Arguments) -> dict[str,
     return found
 
 
-def _labels(
-    function: Callable[..., Any], call: Arguments, layout: Layout, sizes: Mapping[str, int]
+def labels_of(
+    function: Callable[..., Any],
+    call: Arguments,
+    observed: Tensors,
+    dims: Mapping[str, tuple[str, ...]],
+    sizes: Mapping[str, int],
 ) -> dict[str, list[Any]]:
-    """Labels that the data give to dimensions.
+    """Labels along every dimension of ``sizes``: those that the data give, else numbers.
 
     A plate takes the strings of an argument of its own name and size; a dimension ``column`` the
     column names of a data frame of that width, and so does the last one of an observed site whose
     values are the frame's.
     """
-    found: dict[str, list[Any]] = {}
+    found: dict[str, list[Any]] = {dim: list(range(size)) for dim, size in sizes.items()}
     for name, value in _named_arguments(function, call).items():
         columns = _columns(value) if isinstance(value, _Table) else []
         if sizes.get("column") == len(columns):
             found["column"] = columns
-        for site, rows in layout.observed.items():
+        for site, rows in observed.items():
             if columns and rows.ndim == 2 and np.array_equal(rows.cpu(), value.to_numpy()):
-                found[layout.observed_dims[site][-1]] = columns
+                found[dims[site][-1]] = columns
         if isinstance(value, list | tuple | np.ndarray) and len(value) == sizes.get(name):
             if all(isinstance(label, str) for label in value):
                 found[name] = [str(label) for label in value]

@@ -14,7 +14,7 @@ from torch import Tensor
 from bayesgen import rng
 from bayesgen.capabilities import Pointwise, Tensors
 from bayesgen.inference.pair import Pair
-from bayesgen.inference.program import Arguments, CodeModel
+from bayesgen.inference.program import Arguments, CodeModel, labels_of
 from bayesgen.inference.sites import dims_of
 from bayesgen.inference.trace import Density, trace
 
@@ -76,7 +76,7 @@ class TrainedProgram(CodeModel, Pointwise):
         sizes: dict[str, int] = {}
         for name, node in self._nodes.items():
             sizes |= dict(zip(self.dims[name], node["value"].shape, strict=True))
-        return {dim: list(range(size)) for dim, size in sizes.items()}
+        return labels_of(self.function, self.arguments, self.observed, self.dims, sizes)
 
     # ------------------------------------------------------------ Pointwise
     @cached_property

@@ -222,13 +222,19 @@ def test_models_of_ours_have_a_prior_too():
 def test_every_group_of_a_variational_fit():
     """One chain, Pareto k-hat in place of R-hat."""
     engine = SVI("AutoMultivariateNormal", num_steps=500, num_samples=200, learning_rate=0.05)
-    fit = engine.run(eight_schools, {"J": 8, "y": Y, "sigma": SIGMA}, seed=0)
+
+    def schools(J, y, sigma, school):
+        eight_schools(J, y, sigma)
+
+    given = {"J": 8, "y": Y, "sigma": SIGMA, "school": list("ABCDEFGH")}
+    fit = engine.run(schools, given, seed=0)
     data = to_arviz(fit, posterior_predictive=20, prior=10)
     assert data["posterior"]["theta"].dims == ("chain", "draw", "school")
     assert data["log_likelihood"]["y"].shape == (1, 200, 8)
     assert data["posterior_predictive"]["y"].shape == (1, 20, 8)
     assert data["prior_predictive"]["y"].shape == (1, 10, 8)
     np.testing.assert_array_equal(data["observed_data"]["y"], Y)
+    assert list(data["posterior"].coords["school"].values) == list("ABCDEFGH")
     text = str(fit.verdict())
     assert "k-hat" in text
     assert "R-hat" not in text
