@@ -223,10 +223,10 @@ def test_every_group_of_a_variational_fit():
     """One chain, Pareto k-hat in place of R-hat."""
     engine = SVI("AutoMultivariateNormal", num_steps=500, num_samples=200, learning_rate=0.05)
 
-    def schools(J, y, sigma, school):
-        eight_schools(J, y, sigma)
+    def schools(y, sigma, school):
+        eight_schools(y, sigma)
 
-    given = {"J": 8, "y": Y, "sigma": SIGMA, "school": list("ABCDEFGH")}
+    given = {"y": Y, "sigma": SIGMA, "school": list("ABCDEFGH")}
     fit = engine.run(schools, given, seed=0)
     data = to_arviz(fit, posterior_predictive=20, prior=10)
     assert data["posterior"]["theta"].dims == ("chain", "draw", "school")
