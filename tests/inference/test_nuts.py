@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+from pathlib import Path
 
 import numpy as np
 import pyro
@@ -214,3 +216,82 @@ def test_a_gaussian_mixture_agrees_with_gibbs():
     assert len(labels[:50].unique()) == len(labels[50:].unique()) == 1
     assert nuts.encode(x).shape == (100, 2)
     assert nuts.sample(10).shape == (10, 2)
+
+
+# ---------------------------------------------------------------- metric, memory
+def collinear():
+    """Twelve predictors, any two correlated by 0.998."""
+    generator, rows, size = rng.make_generator(0), 200, 12
+    common = rng.standard_normal((rows, 1), generator)
+    x = common + 0.0447 * rng.standard_normal((rows, size), generator)
+    y = x @ rng.standard_normal(size, generator) + rng.standard_normal(rows, generator)
+
+    def program():
+        slope = pyro.sample("slope", dist.Normal(torch.zeros(size), 5.0).to_event(1))
+        with pyro.plate("data", rows):
+            pyro.sample("y", dist.Normal(x @ slope, 1.0), obs=y)
+
+    precision = x.mT @ x + torch.eye(size, dtype=torch.float64) / 25.0
+    covariance = torch.linalg.inv(precision)
+    return program, covariance @ (x.mT @ y), covariance.diagonal().sqrt()
+
+
+def test_collinear_predictors_get_a_metric_of_low_rank():
+    program, mean, sd = collinear()
+    settings = {"num_samples": 300, "num_warmup": 300}
+    fits = {m: NUTS(**settings, metric=m).run(program, seed=1) for m in ("auto", "diagonal")}
+    steps = {m: float(f.sample_stats["n_steps"].double().mean()) for m, f in fits.items()}
+    assert steps["auto"] < 12
+    assert steps["diagonal"] > 10 * steps["auto"]
+    assert fits["auto"].attrs["metric_rank"] > 0
+    assert fits["diagonal"].attrs["metric_rank"] == 0
+    for k in range(len(mean)):
+        draws = fits["auto"].draws["slope"][..., k]
+        assert import_arviz().ess(np.asarray(draws)) > 400
+        assert max(z_scores(draws, float(mean[k]), float(sd[k]))) < 4.5
+
+
+def test_a_second_run_traces_nothing_and_draws_the_same():
+    first = NUTS(**SMALL).run(conjugate, X, seed=3)
+    second = NUTS(**SMALL).run(conjugate, X, seed=3)
+    assert second.model.density is first.model.density
+    assert torch.equal(first.draws["loc"], second.draws["loc"])
+    other = NUTS(**SMALL).run(conjugate, X + 1, seed=3)
+    assert other.model.density is not first.model.density
+
+
+def test_a_program_that_has_changed_is_traced_anew():
+    scale = 1.0
+
+    def program():
+        pyro.sample("x", dist.Normal(0.0, scale))
+
+    def density():
+        return NUTS(**SMALL).run(program, seed=0).model.density
+
+    first, same = density(), density()
+    scale = 5.0  # neither the function nor its arguments tell
+    assert same is first
+    assert density() is not first
+
+
+def test_memory_is_flat_over_fits():
+    """Programs are remembered, but only a few."""
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        pytest.skip("reads /proc")
+
+    def grown():
+        gc.collect()
+        return int(statm.read_text().split()[1]) * 4096
+
+    sizes = []
+    for seed in range(20):
+
+        def program():
+            loc = pyro.sample("loc", dist.Normal(torch.zeros(10_000), 1.0).to_event(1))
+            pyro.factor("f", -loc.square().sum())
+
+        NUTS(num_chains=1, num_samples=1, num_warmup=0, max_depth=1).run(program, seed=seed)
+        sizes.append(grown())
+    assert sizes[-1] - sizes[9] < 20e6, sizes
