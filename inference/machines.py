@@ -93,17 +93,20 @@ class _Block(ctypes.Structure):
         *(
             (name, ctypes.c_void_p)
             for name in (
-                "ends points sums checks numbers step mass root basis stretch normal uniform"
+                "ends points sums checks numbers mass root basis stretch normal uniform"
             ).split()
         ),
         ("rows", ctypes.c_longlong),
         ("used", ctypes.c_void_p),
-        ("at", ctypes.c_longlong),
+        ("at", ctypes.c_void_p),
         ("steps", ctypes.c_longlong),
         ("enough", ctypes.c_longlong),
         ("records", ctypes.c_void_p),
         ("ended", ctypes.c_longlong),
+        ("stale", ctypes.c_longlong),
         *((name, ctypes.c_void_p) for name in "x g lp w C J scratch".split()),
+        ("step_size", ctypes.c_double),
+        ("max_depth", ctypes.c_double),
     ]
 
 
@@ -116,9 +119,9 @@ class NativeMachine(Machine):
         d = density.size
         self._lanes = aligned(blocks * density.width * (2 * d + 1))
         self._scratch = aligned(64 + d)
-        self._step = aligned(2)
         self._records = torch.zeros(0)
         self._held: dict[str, Tensor] = {}
+        self._now: tuple[object, ...] = ()
         block = _Block(chains=num_chains, size=d)
         size = 8 * blocks * density.width
         start = self._lanes.data_ptr()
@@ -126,8 +129,8 @@ class NativeMachine(Machine):
         block.w = density.workspace.data_ptr()
         block.C = density.translation.numbers.data_ptr()
         block.J = density.translation.integers.data_ptr()
-        block.step, block.scratch = self._step.data_ptr(), self._scratch.data_ptr()
-        self._block = block
+        block.scratch = self._scratch.data_ptr()
+        self._block, self._reference = block, ctypes.byref(block)
         # Lanes beyond the last chain stay at the origin, whatever the density says there.
         self.call: Any = density.library.advance
         self.call.restype = None
@@ -151,39 +154,32 @@ class NativeMachine(Machine):
         enough: int,
         generator: torch.Generator,
     ) -> tuple[Trajectories, Tensor]:
-        block, normal, uniform = self._block, noise["normal"], noise["uniform"]
-        used, at = noise["used"], noise["at"]
-        if int(at) >= len(uniform) or int(used.max()) >= len(normal):
-            torch.randn(normal.shape, generator=generator, dtype=normal.dtype, out=normal)
-            torch.rand(uniform.shape, generator=generator, dtype=uniform.dtype, out=uniform)
-            used.zero_()
-            at.zero_()
+        block = self._block
         self._point(chains, metric, noise)
-        block.at, block.enough = int(at), enough
-        self._step[0], self._step[1] = metric.step_size, metric.max_depth
-        self.call(ctypes.byref(block))
-        at.fill_(block.at)
+        block.enough = enough
+        block.step_size, block.max_depth = metric.step_size.item(), metric.max_depth.item()
+        self.call(self._reference)
+        if block.stale:
+            _refill(noise, generator)
+            self.call(self._reference)
         return chains, self._records[: block.ended].clone()
 
     def _point(self, chains: Trajectories, metric: Metric, noise: Noise) -> None:
         """Tell the block where everything lies, if that has changed."""
-        root = (
-            metric.inverse_mass.sqrt()
-            if metric.inverse_mass is not self._held.get("mass")
-            else self._held["root"]
-        )
+        now = (chains, metric.inverse_mass, metric.basis, metric.stretch, noise)
+        if len(self._now) == len(now) and all(a is b for a, b in zip(self._now, now, strict=True)):
+            return
         held = {
             **chains._asdict(),
             "mass": metric.inverse_mass,
-            "root": root,
+            "root": metric.inverse_mass.sqrt(),
             "basis": metric.basis,
             "stretch": metric.stretch,
             "normal": noise["normal"],
             "uniform": noise["uniform"],
             "used": noise["used"],
+            "at": noise["at"],
         }
-        if all(self._held.get(name) is value for name, value in held.items()):
-            return
         block = self._block
         for name, value in held.items():
             assert value.is_contiguous(), name
@@ -194,4 +190,12 @@ class NativeMachine(Machine):
         if self._records.shape != (block.rows * block.chains, width):
             self._records = torch.zeros(block.rows * block.chains, width, dtype=torch.float64)
             block.records = self._records.data_ptr()
-        self._held = held
+        self._held, self._now = held, now
+
+
+def _refill(noise: Noise, generator: torch.Generator) -> None:
+    normal, uniform = noise["normal"], noise["uniform"]
+    torch.randn(normal.shape, generator=generator, dtype=normal.dtype, out=normal)
+    torch.rand(uniform.shape, generator=generator, dtype=uniform.dtype, out=uniform)
+    noise["used"].zero_()
+    noise["at"].zero_()

@@ -252,7 +252,7 @@ class NUTS(TracedEngine[NutsState]):
                 )
                 ended.append(rows)
                 missing -= len(rows)
-            rows = torch.cat(ended)
+            rows = ended[0] if len(ended) == 1 else torch.cat(ended)
             adaptation = adaptation.accepted(
                 float(rows[:, _ACCEPTANCE].mean()),
                 target=self.target_accept,

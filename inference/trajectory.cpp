@@ -15,18 +15,20 @@ struct Metric { long size, rank; const double *mass, *root, *basis, *stretch; };
 struct Block {
   I chains, size, slots, rank;
   double *ends, *points, *sums, *checks, *numbers;
-  const double *step, *mass, *root, *basis, *stretch;  // step: step size, largest depth
+  const double *mass, *root, *basis, *stretch;
   const double *normal, *uniform;
   I rows;       // of the tape of momenta; a chain that has used them up ends the block
   I *used;      // momenta of each chain used so far
-  I at, steps;  // next row of uniform numbers, and the row to stop before
+  I *at, steps; // next row of uniform numbers, and the row to stop before
   I enough;     // trajectories ended in this call after which to return
   double* records;
   I ended;      // trajectories ended in this call
+  I stale;      // whether random numbers had been used up before it, so that nothing was done
   V *x, *g, *lp, *w;
   const double* C;
   const I* J;
   double* scratch;  // rank numbers
+  double step_size, max_depth;
 };
 
 #define EACH(k, n) _Pragma("omp simd") for (long k = 0; k < (n); k++)
@@ -149,7 +151,7 @@ static bool settle(Block& s, const Metric& m, long i, double lp, const double* u
       a += v0[k] * span;
       b += v1[k] * span;
     }
-    stop = a <= 0.0 || b <= 0.0 || num[DEPTH] >= s.step[1];
+    stop = a <= 0.0 || b <= 0.0 || num[DEPTH] >= s.max_depth;
   }
   if (stop) {
     double* row = s.records + s.ended * (1 + 2 * n + STATISTICS);
@@ -188,7 +190,7 @@ static void restart(Block& s, const Metric& m, long i) {
   copy(right, left, KINDS * n);
   copy(s.sums + i * 2 * n, left + P * n, n);
   const double energy = 0.5 * inner(z, z, n) - num[LP_TREE];
-  num[STEP] = s.step[0];
+  num[STEP] = s.step_size;
   num[DEPTH] = num[LOG_TREE] = num[ACCEPT] = num[STEPS] = num[WORST] = 0.0;
   num[START] = num[ENERGY_TREE] = num[ENERGY_SUB] = energy;
   num[LP_SUB] = num[LP_TREE];
@@ -198,9 +200,11 @@ extern "C" void advance(Block* block) {
   Block& s = *block;
   const Metric m = {s.size, s.rank, s.mass, s.root, s.basis, s.stretch};
   const long n = s.size, blocks = (s.chains + W - 1) / W;
-  bool room = true;
+  bool room = *s.at < s.steps;
+  for (long i = 0; i < s.chains; i++) room = room && s.used[i] < s.rows;
   s.ended = 0;
-  while (s.at < s.steps && s.ended < s.enough && room) {
+  s.stale = !room;
+  while (*s.at < s.steps && s.ended < s.enough && room) {
     for (long i = 0; i < s.chains; i++) {
       const double* num = s.numbers + i * NUMBERS;
       const int right = num[SIDE] > 0.5;
@@ -214,7 +218,7 @@ extern "C" void advance(Block* block) {
       for (long k = 0; k < n; k++) x[k * W] = q[k];
     }
     evaluate(s.x, s.lp, s.g, s.w, s.C, s.J, blocks, n);
-    const double* u = s.uniform + s.at * s.chains * 3;
+    const double* u = s.uniform + *s.at * s.chains * 3;
     for (long i = 0; i < s.chains; i++, u += 3) {
       const int right = s.numbers[i * NUMBERS + SIDE] > 0.5;
       double* g = s.ends + ((i * 2 + right) * KINDS + G) * n;
@@ -225,6 +229,6 @@ extern "C" void advance(Block* block) {
       restart(s, m, i);
       room = room && s.used[i] < s.rows;
     }
-    s.at++;
+    ++*s.at;
   }
 }
