@@ -189,7 +189,8 @@ def test_a_large_invariant_pushes_out_neither_scalars_nor_loadings():
         symmetry = Rotation(1)
 
         def invariants(self, draws):
-            return {"covariance": draws["loadings"].expand(*draws["loadings"].shape[:2], 40, 40)}
+            length = draws["loadings"].square().sum((-2, -1))
+            return {"covariance": length[..., None, None].expand(*length.shape, 40, 40)}
 
     generator = rng.make_generator(0)
     draws = {
