@@ -108,12 +108,13 @@ def low_rank_form(shift: Tensor, missing: Tensor, factor: Tensor, scale: Tensor)
         scale: Standard deviations of the noise, ``(..., d)``, positive.
     """
     scaled = factor / scale.unsqueeze(-1)
-    shift = shift / scale.unsqueeze(-2)
+    # Before anything else: the derivative of NaN / scale is NaN even where it is not used.
+    shift = torch.where(missing, 0.0, shift) / scale.unsqueeze(-2)
     log_scale = scale.log()
     if not bool(missing.any()):
         found = _complete(shift, scaled)
         return _with_scale(found, log_scale.sum(-1, keepdim=True))
-    observed, shift = ~missing, torch.where(missing, 0.0, shift)
+    observed = ~missing
     lost = (observed.to(shift.dtype) * log_scale.unsqueeze(-2)).sum(-1)
     gaps = missing.any(-1)
     if gaps.dim() > 1 or bool(gaps.all()):

@@ -13,7 +13,10 @@ from sklearn.decomposition import FactorAnalysis as Peer
 from sklearn.model_selection import train_test_split
 
 from bayesgen import rng
-from bayesgen.distributions import PartialMultivariateNormal
+from bayesgen.distributions import (
+    PartialLowRankMultivariateNormal,
+    PartialMultivariateNormal,
+)
 from bayesgen.inference import EM, VB, ClosedForm, Gibbs
 from bayesgen.models import PPCA, FactorAnalysis, MixtureClassifier
 
@@ -58,6 +61,14 @@ def test_density_of_rows_with_holes_is_the_exact_marginal(model):
     )
     torch.testing.assert_close(fit.log_prob(gaps), dense.log_prob(gaps), rtol=1e-10, atol=1e-10)
     assert float(fit.log_prob(gaps)[0]) == 0.0
+
+
+def test_gradients_of_rows_with_holes_are_finite():
+    x, _ = simulate(10, 4, 1)
+    values = [torch.ones(shape, dtype=torch.float64) for shape in ((4,), (4, 1), (4,))]
+    values = [value.requires_grad_() for value in values]
+    PartialLowRankMultivariateNormal(*values).log_prob(holes(x, 0.5)).sum().backward()
+    assert all(bool(value.grad.isfinite().all()) for value in values)
 
 
 @pytest.mark.parametrize("model", MODELS)
