@@ -1,136 +1,202 @@
-"""Effective draws a second: our NUTS against Pyro's on the same posterior, same process, one core.
+"""Effective draws a second: our NUTS and ManyChains against every peer, on the same posteriors.
 
-    python benchmarks/mcmc.py [--workloads schools logistic] [--samples 1000] [--compile auto]
+    python benchmarks/mcmc.py [--peers ENVIRONMENT/bin/python] [--workloads schools ...]
+        [--samplers ManyChains nutpie ...] [--threads 2] [--data radon_mn.json.gz]
+        [--out rows.jsonl]
 
-Prints the smallest bulk effective sample size of any latent entry for each second, cold (first
-run,
-tracing and compiling included) and warm (second run), by wall clock and by CPU time, and the
-ratio of
-each to Pyro's. On a busy machine believe the CPU columns.
+Every contestant runs in a process of its own on the same data, on the same cores, in double
+precision. *Cold* is its first run, with tracing and compiling and without importing (caches of
+compiled code are emptied: ours, Inductor's and PyTensor's); *warm* the second run in that process.
+The figure is the smallest bulk effective sample size of any latent entry a second of wall time.
+Means are compared with those of the reference, NumPyro's or our NUTS: a fast wrong sampler is no
+sampler. NumPyro, PyMC, nutpie and BlackJAX live in an environment without torch
+(``pip install numpyro pymc nutpie blackjax arviz``), named by ``--peers`` or ``BAYESGEN_PEERS``;
+without it they are skipped, and that is said.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
+import json
 import math
-import time
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
-import pyro
-import pyro.distributions as dist
-import torch
-from pyro.infer import MCMC
-from pyro.infer import NUTS as PyroNUTS
-
-from bayesgen import rng
-from bayesgen.arviz_groups import import_arviz
-from bayesgen.inference import NUTS
 
 __all__: list[str] = []
 
-D64 = {"dtype": torch.float64}
+HERE = Path(__file__).resolve().parent / "samplers"
+CENTRES = np.array([[-3.0, 0.0], [0.0, 3.0], [3.0, 0.0]])
 
 
-def schools():
-    y = torch.tensor([28.0, 8, -3, 7, -1, 1, 18, 12], **D64)
-    sigma = torch.tensor([15.0, 10, 16, 11, 9, 11, 10, 18], **D64)
-
-    def model():
-        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
-        tau = pyro.sample("tau", dist.HalfCauchy(5.0))
-        with pyro.plate("school", 8):
-            raw = pyro.sample("raw", dist.Normal(0.0, 1.0))
-            pyro.sample("y", dist.Normal(mu + tau * raw, sigma), obs=y)
-
-    return model
+# ---------------------------------------------------------------- data
+def schools(arguments):
+    return {
+        "y": np.array([28.0, 8, -3, 7, -1, 1, 18, 12]),
+        "sigma": np.array([15.0, 10, 16, 11, 9, 11, 10, 18]),
+    }
 
 
-def logistic(rows=1000, columns=25):
-    generator = rng.make_generator(0)
-    x = rng.standard_normal((rows, columns), generator)
-    slope = 0.3 * rng.standard_normal(columns, generator)
-    y = (torch.rand(rows, generator=generator, **D64) < torch.sigmoid(x @ slope)).double()
-
-    def model():
-        slope = pyro.sample("slope", dist.Normal(torch.zeros(columns), 1.0).to_event(1))
-        with pyro.plate("data", rows):
-            pyro.sample("y", dist.Bernoulli(logits=x @ slope), obs=y)
-
-    return model
+def logistic(arguments):
+    generator = np.random.default_rng(0)
+    x = generator.standard_normal((1000, 25))
+    chance = 1.0 / (1.0 + np.exp(-x @ (0.3 * generator.standard_normal(25))))
+    return {"x": x, "y": (generator.random(1000) < chance).astype(float)}
 
 
-WORKLOADS = {"schools": schools, "logistic": logistic}
+def radon(arguments):
+    if arguments.data is None:
+        return None
+    with gzip.open(arguments.data) as file:
+        found = json.load(file)
+    return {
+        "county": np.array(found["county_idx"]) - 1,
+        "num_counties": np.array(found["J"]),
+        "uppm": np.array(found["log_uppm"]),
+        "floor": np.array(found["floor_measure"], dtype=float),
+        "y": np.array(found["log_radon"]),
+    }
 
 
-def smallest_ess(draws):
-    """Smallest bulk effective sample size over all entries of ``(chain, draw, ...)`` arrays."""
-    arviz, found = import_arviz(), []
-    for value in draws.values():
-        entries = np.asarray(value).reshape(*value.shape[:2], -1)
-        found += [float(arviz.ess(entries[..., k])) for k in range(entries.shape[-1])]
-    return min(found)
+def mixture(arguments):
+    generator = np.random.default_rng(1)
+    which = generator.integers(0, 3, 300)
+    noise = generator.standard_normal((300, 2)) @ np.array([[1.0, 0.4], [0.0, 0.8]])
+    return {"x": CENTRES[which] + noise}
 
 
-def ours(model, arguments):
-    engine = NUTS(
-        num_samples=arguments.samples, num_warmup=arguments.warmup, compile=arguments.compile
-    )
-    fit = engine.run(model, seed=0)
-    latent = {s.name: fit.draws[s.name] for s in fit.model.density.layout.sites}
-    return latent, fit.attrs["speed"]
+WORKLOADS = {"schools": schools, "logistic": logistic, "radon": radon, "mixture": mixture}
+
+# ---------------------------------------------------------------- contestants
+OURS, PEERS = "ours", "peers"
+MANY = {"num_samples": 250}  # 256 chains: as many draws as 64 chains of 1,000
+SAMPLERS = {
+    "NUTS": (OURS, "bayesgen_run.py", {"engine": "NUTS"}),
+    "ManyChains": (OURS, "bayesgen_run.py", {"engine": "ManyChains", "settings": MANY}),
+    "Pyro NUTS": (OURS, "pyro_run.py", {"jit": False}),
+    "Pyro NUTS jit": (OURS, "pyro_run.py", {"jit": True}),
+    "NumPyro sequential": (PEERS, "numpyro_run.py", {"method": "sequential"}),
+    "NumPyro vectorised": (PEERS, "numpyro_run.py", {"method": "vectorized"}),
+    "PyMC": (PEERS, "pymc_run.py", {"nutpie": False}),
+    "nutpie": (PEERS, "pymc_run.py", {"nutpie": True}),
+    "BlackJAX NUTS": (PEERS, "blackjax_run.py", {"method": "nuts", "chains": 4}),
+    "BlackJAX ChEES": (PEERS, "blackjax_run.py", {"method": "chees"}),
+    "BlackJAX MEADS": (PEERS, "blackjax_run.py", {"method": "meads"}),
+}
+REFERENCES = ("NumPyro vectorised", "NumPyro sequential", "NUTS")
 
 
-def pyros(model, arguments):
-    """Two chains, one after the other; a rate needs no more draws than that."""
-    chains = []
-    for seed in range(2):
-        with rng.fork(rng.make_generator(seed)):
-            run = MCMC(
-                PyroNUTS(model),
-                num_samples=arguments.pyro_samples,
-                warmup_steps=arguments.warmup,
-                disable_progbar=True,
-            )
-            run.run()
-            chains.append(run.get_samples())
-    return {k: torch.stack([c[k] for c in chains]) for k in chains[0]}, "2 chains"
+def run(name, workload, path, arguments, folder):
+    """One contestant in a process of its own; a row, or the reason why there is none."""
+    where, script, options = SAMPLERS[name]
+    python = sys.executable if where == OURS else arguments.peers
+    if python is None or shutil.which(python) is None:
+        return {"skipped": "no environment of peers: give --peers or set BAYESGEN_PEERS"}
+    threads = str(arguments.threads)
+    cache = Path(folder) / f"cache-{name.replace(' ', '-')}-{workload}"
+    environment = {
+        **os.environ,
+        **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), threads),
+        "BAYESGEN_CACHE": str(cache),
+        "TORCHINDUCTOR_CACHE_DIR": str(cache),
+        "PYTENSOR_FLAGS": f"base_compiledir={cache}",
+    }
+    command = [python, str(HERE / script), workload, str(path), "1", json.dumps(options)]
+    try:
+        done = subprocess.run(
+            command,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=arguments.timeout,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return {"skipped": f"longer than {arguments.timeout} s"}
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not lines:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        return {"skipped": f"failed: {last[:150]}"}
+    return json.loads(lines[-1])
 
 
-def measure(sampler, model, arguments):
-    wall, cpu = time.perf_counter(), time.process_time()
-    draws, note = sampler(model, arguments)
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    ess = smallest_ess(draws)
-    return {"ess": ess, "wall": ess / wall, "cpu": ess / cpu, "seconds": wall, "note": note}
+def worst_gap(row, reference):
+    """Largest difference of means in Monte Carlo errors, over entries and both runs."""
+    gap = 0.0
+    for temperature in ("cold", "warm"):
+        for name, (mean, error, _) in row[temperature]["means"].items():
+            other, noise, _ = reference["warm"]["means"][name]
+            gap = max(gap, abs(mean - other) / math.hypot(error, noise))
+    return gap
+
+
+def report(workload, rows):
+    """A table of one workload: rates, ratios to the best peer, and agreement."""
+    print(f"\n{workload}")
+    head = ("cold ESS/s", "warm ESS/s", "ESS/gradient", "tail", "seconds", "worst z")
+    print(f"{'':20}" + "".join(f"{h:>13}" for h in head))
+    found = {k: v for k, v in rows.items() if "skipped" not in v}
+    reference = next((found[k] for k in REFERENCES if k in found), None)
+    for name, row in rows.items():
+        if "skipped" in row:
+            print(f"{name:20} - {row['skipped']}")
+            continue
+        warm = row["warm"]
+        rates = [row[t]["ess"] / row[t]["seconds"] for t in ("cold", "warm")]
+        each = warm["ess"] / warm["gradients"] if warm["gradients"] else math.nan
+        gap = worst_gap(row, reference)
+        print(
+            f"{name:20}{rates[0]:13,.0f}{rates[1]:13,.0f}{each:13.4f}{warm['tail']:13,.0f}"
+            f"{row['cold']['seconds']:6.1f}/{warm['seconds']:6.2f}{gap:13.1f}",
+            flush=True,
+        )
+    for temperature in ("cold", "warm"):
+        rate = {k: v[temperature]["ess"] / v[temperature]["seconds"] for k, v in found.items()}
+        peers = {k: v for k, v in rate.items() if k not in ("NUTS", "ManyChains")}
+        ours = {k: v for k, v in rate.items() if k not in peers}
+        if not peers or not ours:
+            continue
+        best = max(peers, key=peers.get)
+        text = ", ".join(f"{k} {v / peers[best]:.2f}" for k, v in ours.items())
+        if "Pyro NUTS" in peers:
+            text += "; times Pyro's NUTS: "
+            text += ", ".join(f"{k} {v / peers['Pyro NUTS']:,.0f}" for k, v in ours.items())
+        print(f"  {temperature}, times the best peer ({best}): {text}", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
-    parser.add_argument("--samples", type=int, default=1000)
-    parser.add_argument("--warmup", type=int, default=500)
-    parser.add_argument("--pyro-samples", type=int, default=300)
-    parser.add_argument("--compile", choices=("auto", "yes", "no"), default="auto")
+    parser.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=list(SAMPLERS))
+    parser.add_argument("--peers", default=os.environ.get("BAYESGEN_PEERS"))
+    parser.add_argument("--data", help="posteriordb's radon_mn.json.gz; without it no radon")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--timeout", type=float, default=600.0)
+    parser.add_argument("--out", help="where to append the rows as JSON lines")
     arguments = parser.parse_args()
-    arguments.compile = {"auto": "auto", "yes": True, "no": False}[arguments.compile]
-    torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
-    print(
-        f"{'workload':10} {'sampler':12} {'ESS':>7} {'ESS/s':>9} {'ESS/CPU s':>10} {'x Pyro':>8}"
-    )
-    for name in arguments.workloads:
-        model, rows = WORKLOADS[name](), {}
-        rows["Pyro NUTS"] = measure(pyros, model, arguments)
-        rows["ours, cold"] = measure(ours, model, arguments)
-        rows["ours, warm"] = measure(ours, model, arguments)
-        base = rows["Pyro NUTS"]["cpu"]
-        for sampler, row in rows.items():
-            ratio = row["cpu"] / base if base else math.nan
-            print(
-                f"{name:10} {sampler:12} {row['ess']:7.0f} {row['wall']:9.1f} {row['cpu']:10.1f} "
-                f"{ratio:8.1f}   {row['note']}",
-                flush=True,
-            )
+    with tempfile.TemporaryDirectory() as folder:
+        for workload in arguments.workloads:
+            data = WORKLOADS[workload](arguments)
+            if data is None:
+                print(f"\n{workload}: skipped, give --data radon_mn.json.gz")
+                continue
+            path = Path(folder) / f"{workload}.npz"
+            np.savez(path, **data)
+            rows = {}
+            for name in arguments.samplers:
+                rows[name] = run(name, workload, path, arguments, folder)
+                print(f"{workload}: {name} done", file=sys.stderr, flush=True)
+                if arguments.out:
+                    line = {"sampler": name, "workload": workload, **rows[name]}
+                    with Path(arguments.out).open("a") as file:
+                        file.write(json.dumps(line) + "\n")
+            report(workload, rows)
 
 
 if __name__ == "__main__":

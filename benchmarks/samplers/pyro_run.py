@@ -1,0 +1,38 @@
+"""Pyro's NUTS: ``{"jit": true or false, "chains": 2, "samples": 200, "warmup": 200}``."""
+
+from __future__ import annotations
+
+import pyro
+import torch
+from common import contest
+from pyro.infer import MCMC, NUTS
+from pyro_models import program
+
+__all__: list[str] = []
+
+
+def prepare(workload, data, options):
+    torch.set_default_dtype(torch.float64)
+    model = program(workload, data)
+
+    def sample(seed):
+        chains, steps = [], 0
+        for chain in range(options.get("chains", 2)):
+            pyro.set_rng_seed(1000 * seed + chain)
+            kernel = NUTS(model, jit_compile=options["jit"], ignore_jit_warnings=True)
+            run = MCMC(
+                kernel,
+                num_samples=options.get("samples", 200),
+                warmup_steps=options.get("warmup", 200),
+                disable_progbar=True,
+            )
+            run.run()
+            chains.append(run.get_samples())
+        draws = {k: torch.stack([c[k] for c in chains]).numpy() for k in chains[0]}
+        return draws, steps or None, f"{len(chains)} chains, one after the other"
+
+    return sample
+
+
+if __name__ == "__main__":
+    contest(prepare)
