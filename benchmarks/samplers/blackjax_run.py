@@ -54,15 +54,16 @@ def mixture(data):
 
     def density(q):
         log_weights = jnp.log(weights_of(q["weights"]))
-        scale = jnp.exp(q["scale"])
-        off = data["x"][:, None, :] - (CENTRES + q["shift"])
+        log_scale = q["scale"].reshape(3, 2)  # flat: ChEES takes no matrices
+        scale = jnp.exp(log_scale)
+        off = data["x"][:, None, :] - (CENTRES + q["shift"].reshape(3, 2))
         first = off[..., 0] / scale[:, 0]
         second = (off[..., 1] - q["slope"] * first) / scale[:, 1]
-        parts = log_weights - q["scale"].sum(-1) - 0.5 * (first**2 + second**2)
+        parts = log_weights - log_scale.sum(-1) - 0.5 * (first**2 + second**2)
         prior = 2.0 * log_weights.sum() + normal(q["shift"]).sum() + normal(q["slope"]).sum()
         return prior + normal(q["scale"], 0.0, 0.5).sum() + logsumexp(parts, axis=1).sum()
 
-    sizes = {"weights": (2,), "shift": (3, 2), "scale": (3, 2), "slope": (3,)}
+    sizes = {"weights": (2,), "shift": (6,), "scale": (6,), "slope": (3,)}
     return density, sizes, {"weights": jax.vmap(jax.vmap(weights_of)), "scale": jnp.exp}
 
 

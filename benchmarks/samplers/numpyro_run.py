@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpyro
@@ -54,7 +56,7 @@ MODELS = {"schools": schools, "logistic": logistic, "radon": radon, "mixture": m
 def prepare(workload, data, options):
     data = {k: v if v.ndim == 0 else jnp.asarray(v) for k, v in data.items()}
     run = MCMC(
-        NUTS(MODELS[workload]),
+        NUTS(functools.partial(MODELS[workload], data)),
         num_warmup=options.get("warmup", 500),
         num_samples=options.get("samples", 1000),
         num_chains=options.get("chains", 4),
@@ -63,7 +65,7 @@ def prepare(workload, data, options):
     )
 
     def sample(seed):
-        run.run(jax.random.PRNGKey(seed), data, extra_fields=("num_steps",))
+        run.run(jax.random.PRNGKey(seed), extra_fields=("num_steps",))
         draws = jax.tree.map(jax.block_until_ready, run.get_samples(group_by_chain=True))
         steps = int(run.get_extra_fields()["num_steps"].sum())
         return draws, steps, f"{run.num_chains} chains, {options['method']}"
