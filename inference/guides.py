@@ -23,8 +23,9 @@ AUTOGUIDES = (
     "AutoLaplaceApproximation",
     "AutoIAFNormal",
     "AutoStructured",
+    "FlowGuide",
 )
-"""Pyro's guides that are made from the model alone."""
+"""Guides that are made from the model alone: Pyro's, and our flows."""
 
 
 def describe(guide: Any) -> str | None:
@@ -66,6 +67,10 @@ def make_guide(
         discrete: Its discrete latents, which guides made from the model leave alone.
         start: Values of the latents where a guide made by name or class begins.
     """
+    if guide == "FlowGuide":
+        from bayesgen.inference.flow_guide import FlowGuide
+
+        guide = FlowGuide
     if isinstance(guide, str):
         guide = getattr(autoguide, guide)
     if _is_class(guide):

@@ -144,3 +144,50 @@ def test_a_mixture_of_ours():
     assert bool(fit.log_prob(x).isfinite().all())
     assert len(fit.predict(x)) == 200
     assert fit.arviz["log_likelihood"]["x"].shape == (1, 100, 200)
+
+
+def test_a_flow_as_a_guide():
+    pytest.importorskip("zuko")
+    from bayesgen.inference.flow_guide import FlowGuide
+
+    x, y = rows()
+    mean, covariance, evidence = exact(x, y)
+    guide = partial(FlowGuide, kind="MAF", hidden_features=(8,))
+    fit = SVI(guide=guide, learning_rate=0.01, num_steps=2000).run(line, (x, y), seed=3)
+    assert fit.attrs["is_traced"], fit.attrs["messages"]
+    assert evidence - 0.2 < fit.attrs["elbo"] < evidence + 4 * fit.attrs["elbo_error"]
+    assert fit.attrs["k_hat"] < 0.7
+    with pytest.raises(ValueError, match="kind='magic', but it must be one of NSF"):
+        FlowGuide(line, kind="magic")
+
+
+def test_an_amortised_guide_trains_networks():
+    generator = rng.make_generator(0)
+    x = rng.standard_normal((64, 3), generator).float()
+
+    class Coder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encode, self.decode = torch.nn.Linear(3, 2), torch.nn.Linear(1, 3)
+
+        def model(self, x, num_rows=None):
+            pyro.module("coder", self)
+            with pyro.plate("data", num_rows or len(x), subsample=x):
+                z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 1), 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(self.decode(z), 1.0).to_event(1), obs=x)
+
+        def guide(self, x, num_rows=None):
+            with pyro.plate("data", num_rows or len(x), subsample=x):
+                loc, raw = self.encode(x).split(1, -1)
+                pyro.sample("z", dist.Normal(loc, raw.exp()).to_event(1))
+
+    with rng.fork(generator):
+        coder = Coder()
+    before = coder.decode.bias.detach().clone()
+    engine = SVI(guide=coder.guide, batch_size=16, num_steps=480, dtype=torch.float32)
+    fit = engine.run(coder.model, x + 2.0)
+    assert fit.attrs["is_traced"], fit.attrs["messages"]
+    assert torch.equal(coder.decode.bias, before)  # the user's module is left alone
+    (bias,) = [v for k, v in fit.draws.items() if k.endswith("decode.bias")]
+    assert float((bias[0, 0] - 2.0).abs().max()) < 0.6  # a point estimate is one draw
+    assert fit.history["elbo"][-1] > fit.history["elbo"][0]
