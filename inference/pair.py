@@ -42,6 +42,7 @@ class Plate(NamedTuple):
 
 # ---------------------------------------------------------------- handlers
 _NESTED = (tuple, list)
+_ASKED = tuple(vars(torch._C.TensorBase)[name].__get__ for name in ("requires_grad", "is_leaf"))
 
 
 @final
@@ -59,6 +60,8 @@ class _Substitute(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         pairs = self.pairs
+        if func in _ASKED:  # about the parameter itself
+            return func(*args, **(kwargs or {}))
         if any(id(v) in pairs or type(v) in _NESTED for v in args):
             args = tuple(self._other(v) for v in args)
         if kwargs:
