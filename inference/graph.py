@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import linecache
 import operator
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import (
     get_proxy_slot,
     make_fx,
 )
+from torch.fx.graph_module import _loader
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -75,6 +78,19 @@ class _DataApart(TorchDispatchMode):
             return func(*args, **kwargs)
 
 
+@contextmanager
+def _sources_forgotten() -> Iterator[None]:
+    """Drop the texts of graphs that torch keeps for tracebacks: they would grow with every fit."""
+    before = set(_loader.eval_cache)
+    try:
+        yield
+    finally:
+        for key in set(_loader.eval_cache) - before:
+            del _loader.eval_cache[key]
+            linecache.cache.pop(key, None)
+
+
+@_sources_forgotten()
 def capture(
     function: Callable[..., Any], *example: Tensor, data_apart: bool = False
 ) -> fx.GraphModule:
@@ -107,6 +123,7 @@ def capture(
         return make_fx(torch.func.functionalize(graph))(*example)
 
 
+@_sources_forgotten()
 def simplify(graph: fx.GraphModule, *example: Tensor) -> fx.GraphModule:
     """Fold what does not depend on the input, drop operations that change nothing, share equals.
 

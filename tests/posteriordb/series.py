@@ -5,9 +5,8 @@ from __future__ import annotations
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.distributions import constraints
 
-from tests.posteriordb.priors import ordered
+from tests.posteriordb.priors import flat, ordered
 
 __all__ = [
     "arma",
@@ -105,10 +104,13 @@ def solve(theta, start, years):
 
 def lotka_volterra(y_init, y, **_):
     """Pelts of lynx and hare in twenty years, with errors of a factor."""
-    # Rates in units of their prior's centre: of order one, as samplers like them.
+    # Rates in units of their prior's centre, on a scale where chains start within a factor of two:
+    # far from it there is a second mode, without cycles.
     centre, spread = torch.tensor([1.0, 0.05, 1.0, 0.05]), torch.tensor([0.5, 1.0, 0.5, 1.0])
-    relative = pyro.sample("relative", dist.ImproperUniform(constraints.positive, (), (4,)))
-    pyro.factor("rates", dist.Normal(1.0, spread).log_prob(relative).sum())
+    scaled = pyro.sample("scaled", flat(4))
+    relative = (scaled / 4).exp()
+    prior = dist.Normal(1.0, spread).log_prob(relative)
+    pyro.factor("rates", (prior + scaled / 4).sum())
     theta = pyro.deterministic("theta", centre * relative)
     raw = pyro.sample("raw", dist.Normal(torch.zeros(2), 1.0).to_event(1))
     z_init = pyro.deterministic("z_init", 10.0 * raw.exp())
