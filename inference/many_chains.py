@@ -537,13 +537,6 @@ class ManyChains(TracedEngine[ManyState]):
                 "was sent to where one of those was: the starting points were poor, or there is a "
                 "local mode of next to no mass."
             )
-        diverging = int(statistics["diverging"].sum())
-        if diverging:
-            messages.append(
-                f"{diverging} of {statistics['diverging'].numel()} trajectories diverged: the "
-                "posterior has a region too narrow for the step size, and the draws miss it. "
-                "Raise target_accept (0.95, 0.99), or reparametrise."
-            )
         if adaptation.length * (1 + JITTER) > self.max_leapfrogs * adaptation.pace.step_size:
             messages.append(
                 f"trajectories were cut at max_leapfrogs={self.max_leapfrogs}: parameters are "

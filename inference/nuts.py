@@ -366,15 +366,7 @@ class NUTS(TracedEngine[NutsState]):
         messages = [*work.density.layout.notes]
         if work.density.message:
             messages.append(work.density.message)
-        diverging = int(statistics["diverging"].sum())
-        total = statistics["diverging"].numel()
-        if diverging:
-            messages.append(
-                f"{diverging} of {total} trajectories diverged: the posterior has a region too "
-                f"narrow for the "
-                "step size, and the draws miss it. Raise target_accept (0.95, 0.99), or "
-                "reparametrise."
-            )
+        total = statistics["tree_depth"].numel()
         deep = int((statistics["tree_depth"] >= self.max_depth).sum())
         if deep > total // 100:
             messages.append(

@@ -224,7 +224,8 @@ def _verdict(job: Job, fit: Fit) -> str:
         parts.append(f"{count} cluster{'s' * (count != 1)}{average}")
     parts.append(f"{attrs['num_steps']} steps, {attrs['seconds']:.1f} s")
     lines = [", ".join(parts)]
-    lines += [f"bayesgen: warning: {message}" for message in attrs["messages"]]
+    failures = [f.message for f in fit.verdict().failures if f.code != "converged"]
+    lines += [f"bayesgen: warning: {message}" for message in (*attrs["messages"], *failures)]
     if not attrs["converged"]:
         lines.append(
             "bayesgen: warning: not converged; --resume with a larger --engine-set max_steps "
