@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 __all__ = [
     "Conditional",
     "Conjugate",
-    "Decoder",
     "Denoising",
     "Encoder",
     "Explained",
@@ -170,18 +169,6 @@ class Encoder(ABC):
     @abstractmethod
     def encode(self, x: Tensor, draws: Tensors) -> Distribution:
         """The distribution of each row's latent, batch shape ``(*draw, n)``."""
-
-
-class Decoder(ABC):
-    """Rows without their noise, from continuous latents."""
-
-    @abstractmethod
-    def sample_latents(self, draws: Tensors, *, generator: torch.Generator) -> Tensor:
-        """One latent from its prior for each of the ``m`` parameter draws: ``(m, q)``."""
-
-    @abstractmethod
-    def decode(self, latents: Tensor, draws: Tensors) -> Tensor:
-        """Mean of the row that each latent ``(*draw, n, q)`` stands for: ``(*draw, n, d)``."""
 
 
 class Conditional(ABC):
@@ -434,7 +421,6 @@ _ALL: tuple[type, ...] = (
     Denoising,
     Explained,
     Symmetric,
-    Decoder,
     Conjugate,
     Partitioned,
     Pooled,

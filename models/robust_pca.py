@@ -128,10 +128,10 @@ class RobustPCA(LinearModel):
             validate_args=False,
         )
 
-    def sample_latents(self, draws: Tensors, *, generator: torch.Generator) -> Tensor:
+    def _sample_latents(self, draws: Tensors, *, generator: torch.Generator) -> Tensor:
         df = self._df(draws)
         scale = (rng.chi2(df, generator) / df).sqrt().unsqueeze(-1)
-        return super().sample_latents(draws, generator=generator) / scale
+        return super()._sample_latents(draws, generator=generator) / scale
 
     def sample(self, draws: Tensors, *, generator: torch.Generator) -> Tensor:
         # Latent and noise share a row's scale: both are normal before it divides them.

@@ -17,7 +17,6 @@ from torch.distributions import MultivariateNormal
 from bayesgen import rng
 from bayesgen.capabilities import (
     Conditional,
-    Decoder,
     Denoising,
     Encoder,
     Explained,
@@ -84,7 +83,6 @@ class LinearModel(
     Program,
     Scored,
     Generative,
-    Decoder,
     Encoder,
     Denoising,
     Explained,
@@ -260,12 +258,12 @@ class LinearModel(
     def log_prob(self, x: Tensor, draws: Tensors) -> Tensor:
         return self._observation(self._each(draws)).log_prob(x)
 
-    def sample_latents(self, draws: Tensors, *, generator: torch.Generator) -> Tensor:
+    def _sample_latents(self, draws: Tensors, *, generator: torch.Generator) -> Tensor:
         loc = draws["loc"]
         shape = (*loc.shape[:-1], self.latent_dim)
         return rng.standard_normal(shape, generator, dtype=loc.dtype, device=loc.device)
 
-    def decode(self, latents: Tensor, draws: Tensors) -> Tensor:
+    def _signal(self, latents: Tensor, draws: Tensors) -> Tensor:
         return latents @ draws["loadings"].mT + draws["loc"].unsqueeze(-2)
 
     def sample(self, draws: Tensors, *, generator: torch.Generator) -> Tensor:
@@ -312,11 +310,11 @@ class LinearModel(
         return law, found
 
     def reconstruct(self, x: Tensor, draws: Tensors) -> Tensor:
-        return self.decode(self.encode(x, draws).mean, draws)
+        return self._signal(self.encode(x, draws).mean, draws)
 
     def sample_signal(self, draws: Tensors, *, generator: torch.Generator) -> Tensor:
-        latents = self.sample_latents(draws, generator=generator)
-        return self.decode(latents.unsqueeze(-2), draws).squeeze(-2)
+        latents = self._sample_latents(draws, generator=generator)
+        return self._signal(latents.unsqueeze(-2), draws).squeeze(-2)
 
     def explained_variance(self, draws: Tensors) -> dict[str, Tensor]:
         loadings = draws["loadings"]
