@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,16 +13,21 @@ from bayesgen import rng
 from bayesgen.models.linear.spectrum import exact_spectrum, probabilistic
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from bayesgen.models.linear.priors import Scales
+
+    Array = NDArray[np.float64]
 
 __all__ = ["guess"]
 
 # How far guesses of one noise are spread, in standard deviations of a column; the least noise.
 _JIGGLE, _LEAST = 0.5, 1e-8
 # Of a noise for each column: its share of the column's variance to begin with, the powers of ten
-# over which others are spread, rounds of turns, columns up to which they take no time, the least
-# share.
-_SHARE, _DECADES, _ROUNDS, _COLUMNS, _UNIQUE = 0.5, 3.0, 50, 500, 1e-4
+# over which others are spread, the least share; steps of the climb, more of them and candidates
+# for the first guess up to so many columns, none above the last number.
+_SHARE, _DECADES, _UNIQUE = 0.5, 4.0, 1e-6
+_STEPS, _MANY_STEPS, _CANDIDATES, _FEW, _COLUMNS = 30, 150, 24, 50, 500
 
 
 def guess(
@@ -80,20 +87,58 @@ def _factors(
 ) -> tuple[Tensor, Tensor]:
     """Loadings ``(num, d, q)`` and noise variances ``(num, d)`` of factor analysis.
 
-    Given the noise the best loadings are principal directions; given these the noise is what they
-    leave. A few such turns from noises of different shape end near different optima.
+    Given the noise the best loadings are principal directions, which leaves a function of the
+    noise to climb. From noises of different shape that ends near different optima; where columns
+    are few, the first guess is the likeliest of many.
     """
     n, d = standard.shape
     matrix = standard.mT @ standard / n
     own = matrix.diagonal().clamp_min(_LEAST)
-    power = torch.rand((num, d), generator=generator, device=generator.device, dtype=own.dtype)
-    variance = own * 10.0 ** (-_DECADES * power.to(own.device))
-    variance[0] = _SHARE * own
-    loadings = variance.new_zeros((num, d, latent_dim))
-    for _ in range(_ROUNDS if d <= _COLUMNS else 1):
-        root = variance.sqrt().unsqueeze(-1)
-        values, vectors = torch.linalg.eigh(matrix / (root * root.mT))
-        excess = (values[..., -latent_dim:] - 1.0).clamp_min(_LEAST).sqrt()
-        loadings = root * vectors[..., -latent_dim:] * excess.unsqueeze(-2)
-        variance = torch.maximum(own - loadings.square().sum(-1), _UNIQUE * own)
-    return loadings, variance
+    total = num + (_CANDIDATES if d <= _FEW else 0)
+    power = torch.rand((total, d), generator=generator, device=generator.device, dtype=own.dtype)
+    share = 10.0 ** (-_DECADES * power.to(own.device))
+    share[0] = _SHARE
+    if d <= _COLUMNS:
+        scale = own.sqrt()
+        climbed = [
+            _climb(matrix / (scale * scale.unsqueeze(-1)), one, latent_dim) for one in share
+        ]
+        share = torch.stack([where for where, _ in climbed])
+        best = min(range(total), key=lambda i: climbed[i][1])
+        share = torch.cat([share[best : best + 1], share[1:num]])
+    variance = own * share
+    root = variance.sqrt().unsqueeze(-1)
+    values, vectors = torch.linalg.eigh(matrix / (root * root.mT))
+    excess = (values[..., -latent_dim:] - 1.0).clamp_min(_LEAST).sqrt()
+    return root * vectors[..., -latent_dim:] * excess.unsqueeze(-2), variance
+
+
+def _climb(correlation: Tensor, share: Tensor, latent_dim: int) -> tuple[Tensor, float]:
+    """The noise's share of each column near an optimum, and minus twice its log likelihood.
+
+    References:
+        Jöreskog (1967). Some contributions to maximum likelihood factor analysis.
+        Psychometrika 32.
+    """
+    from scipy.optimize import minimize
+
+    matrix, size = correlation.cpu().numpy(), len(share)
+
+    def profile(log_share: Array) -> tuple[float, Array]:
+        root = np.exp(0.5 * log_share)
+        values, vectors = np.linalg.eigh(matrix / np.outer(root, root))
+        # A direction of variance above one is explained; of the others the form is left.
+        explained = np.where(np.arange(size) >= size - latent_dim, values > 1.0, False)
+        pull = np.where(explained, 1.0, values)
+        deviance = log_share.sum() + np.log(values[explained]).sum() + pull.sum()
+        return float(deviance), 1.0 - np.square(vectors) @ pull
+
+    found = minimize(
+        profile,
+        share.log().cpu().numpy(),
+        jac=True,
+        method="L-BFGS-B",
+        bounds=[(math.log(_UNIQUE), 0.0)] * size,
+        options={"maxiter": _MANY_STEPS if size <= _FEW else _STEPS, "maxcor": 20},
+    )
+    return torch.from_numpy(np.exp(found.x)).to(share), float(found.fun)

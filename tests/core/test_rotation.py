@@ -309,7 +309,7 @@ def test_ambiguous_directions_are_said_and_not_judged():
     told = fit.summary()
     assert fit.aligned.confused == ((0, 1),)
     assert any("ambiguous" in problem for problem in told.problems)
-    judged = [name for name in told._judged() if name.startswith("loadings")]
+    judged = [name for name in told.judged.index if name.startswith("loadings")]
     assert judged
     assert all(name.endswith(", 2]") for name in judged)
 
