@@ -8,6 +8,7 @@ from bayesgen import datasets
 from bayesgen.app.actions import read_data
 from bayesgen.app.guard import Misuse, interrupts
 from bayesgen.app.progress import progress, say
+from bayesgen.app.wording import for_shell
 from bayesgen.data import as_dataset
 
 if TYPE_CHECKING:
@@ -36,18 +37,26 @@ def fit_classifier(job: Job, model: MixtureClassifier, engine: Engine[Any]) -> i
     if job.resume or job.calibrate or job.folds is not None:
         raise Misuse("--resume, --calibrate and --folds are for single fits, not for classifiers.")
     data, labels = _split(job, job.target)
-    with interrupts() as heard, progress(engine, quiet=job.quiet) as callbacks:
-        # The engine keeps what it has when interrupted; the classes after it then stop at once.
-        stop = [*callbacks, lambda _: heard.number is not None]
-        fit = model.run(engine, data, labels, seed=job.seed, target=job.target, callbacks=stop)
-        if heard.number is not None:
+    with interrupts() as heard:
+        fit = None
+        try:
+            with progress(engine, quiet=job.quiet) as callbacks:
+                # An engine keeps what it has when interrupted; the classes after it stop at once.
+                stop = [*callbacks, lambda _: heard.number is not None]
+                fit = model.run(
+                    engine, data, labels, seed=job.seed, target=job.target, callbacks=stop
+                )
+        except (KeyboardInterrupt, ValueError):  # before the first step, or before any draw
+            if heard.number is None:
+                raise
+        if fit is None or heard.number is not None:
             say("bayesgen: interrupted; a classifier is saved as a whole, so nothing was kept.")
             return heard.exit_code
         fit.save(job.out)
     say(f"saved {job.out}: {fit!r}", quiet=job.quiet)
     for label, part in zip(fit.classes, fit.fits, strict=True):
         for message in part.attrs["messages"]:
-            say(f"bayesgen: warning: class {label!r}: {message}", quiet=job.quiet)
+            say(f"bayesgen: warning: class {label!r}: {for_shell(message)}", quiet=job.quiet)
     return 0
 
 

@@ -15,6 +15,7 @@ from bayesgen.app.classifying import fit_classifier
 from bayesgen.app.guard import Misuse, interrupts
 from bayesgen.app.progress import progress, say
 from bayesgen.app.registry import ENGINES, MODELS, build
+from bayesgen.app.wording import for_shell
 from bayesgen.capabilities import Model
 from bayesgen.fit import Fit
 from bayesgen.models.classifier import MixtureClassifier
@@ -225,7 +226,8 @@ def _verdict(job: Job, fit: Fit) -> str:
     parts.append(f"{attrs['num_steps']} steps, {attrs['seconds']:.1f} s")
     lines = [", ".join(parts)]
     failures = [f.message for f in fit.verdict().failures if f.code != "converged"]
-    lines += [f"bayesgen: warning: {message}" for message in (*attrs["messages"], *failures)]
+    told = (for_shell(message) for message in (*attrs["messages"], *failures))
+    lines += [f"bayesgen: warning: {message}" for message in told]
     if not attrs["converged"]:
         lines.append(
             "bayesgen: warning: not converged; --resume with a larger --engine-set max_steps "

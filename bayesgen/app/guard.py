@@ -13,6 +13,8 @@ from typing import Any, NoReturn
 
 import click
 
+from bayesgen.app.wording import for_shell
+
 __all__ = ["Failure", "GuardedGroup", "Interrupts", "Misuse", "interrupts"]
 
 _EXPECTED = (
@@ -72,7 +74,7 @@ class GuardedGroup(click.Group):
 def _fail(ctx: click.Context, error: BaseException) -> NoReturn:
     if ctx.meta.get("bayesgen.traceback"):
         raise error
-    message = str(error) or type(error).__name__
+    message = for_shell(str(error)) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
         message = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     if not isinstance(error, _PLAIN):
@@ -94,7 +96,7 @@ def _plain_warnings() -> Iterator[None]:
 
     def show(message: Any, category: type[Warning], *_: Any, **__: Any) -> None:
         if issubclass(category, UserWarning):
-            print(f"bayesgen: warning: {message}", file=sys.stderr)
+            print(f"bayesgen: warning: {for_shell(str(message))}", file=sys.stderr)
 
     with warnings.catch_warnings():
         if not sys.warnoptions:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 from click.testing import CliRunner, Result
 
 import bayesgen
+from bayesgen.app import classifying, fitting
 from bayesgen.app.cli import cli
+from bayesgen.app.fitting import Job
 from bayesgen.models.classifier import ClassifierFit
 
 __all__: list[str] = []
@@ -108,3 +115,33 @@ def test_bundled_data_call_their_class_target(tmp_path: Path) -> None:
     assert bayesgen.load(tmp_path / "run").classes == (0, 1, 2)
     model = call("fit", "MixtureClassifier", "iris", "--target", "target", "--set", "model=Mix(1)")
     assert model.exit_code == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("engine", ["gibbs", "em"])
+def test_an_interrupt_keeps_nothing_and_says_so(
+    tmp_path: Path,
+    flowers: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    engine: str,
+    number: int,
+) -> None:
+    """Gibbs has no draw in its warm-up, and EM's fits of the later classes must stop too."""
+
+    @contextmanager
+    def progress(*_: object, **__: object) -> Iterator[list[Any]]:
+        yield [lambda _: os.kill(os.getpid(), number)]
+
+    monkeypatch.setattr(classifying, "progress", progress)
+    job = Job(
+        model="MixtureClassifier",
+        data=str(flowers),
+        target="species",
+        engine=engine,
+        model_settings=("model=GaussianMixture(1)",),
+        out=str(tmp_path / "run"),
+    )
+    assert fitting.run(job) == 128 + number
+    assert "nothing was kept" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
