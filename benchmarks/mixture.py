@@ -87,10 +87,11 @@ def ours(case: Case) -> Outcome:
     begun = Clock.now()
     dtype = torch.float32 if case.x.dtype == np.float32 else torch.float64
     engine: Any
+    limits = {"tolerance": case.tolerance, "max_steps": case.max_steps}
     if case.engine == "em":
-        engine = EM("likelihood", 1, case.tolerance, case.max_steps, dtype=dtype)
+        engine = EM("likelihood", num_starts=1, dtype=dtype, **limits)
     else:
-        engine = VB(1, case.tolerance, case.max_steps, moves=False, num_samples=1, dtype=dtype)
+        engine = VB(num_starts=1, moves=False, num_samples=1, dtype=dtype, **limits)
     data = as_dataset(case.x)
     model = GaussianMixture(case.num_components, priors=_priors(case)).bind(data)
     generator = torch.Generator().manual_seed(0)

@@ -56,7 +56,8 @@ class Source:
         self.num_rows = data.num_rows
         if batch_size is None:
             size = _CHUNK.get(self.device.type, _LARGE_CHUNK) // dtype.itemsize
-            batch_size = max(256, min(size // (model.row_size + num_batch), self.num_rows))
+            size = _aligned(size // (model.row_size + num_batch))
+            batch_size = max(256, min(size, self.num_rows))
         self._chunk = batch_size
         self._pool = model if isinstance(model, Pooled) and model.pools else None
         self.batch_size = batch_size if self._pool is None else self.num_rows
@@ -94,6 +95,7 @@ class Source:
             if self._keep:
                 kept.append(observed)
             yield observed
+            del observed
         if self._keep:
             self._kept = kept
 
@@ -160,9 +162,16 @@ class Source:
             bound = local.bound if bound is None else bound + local.bound
             if keep_labels:
                 labels.append(local.latents["labels"])
+            del observed, local  # the next batch moves into the same memory, still in cache
         if total is None or bound is None:
             raise ValueError("the data have no rows.")
         return Local(total, bound, {"labels": torch.cat(labels, -1)} if keep_labels else {})
+
+
+def _aligned(rows: int) -> int:
+    """An odd multiple of 16 rows: whole lines of the cache, which do not crowd one of its sets."""
+    lines = max(1, rows // 16)
+    return 16 * (lines - (lines % 2 == 0))
 
 
 def _bytes(observed: Any) -> float:
