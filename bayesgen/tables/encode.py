@@ -13,11 +13,11 @@ from bayesgen.tables.raw import RawTable, first_row, is_number, label, shorten
 __all__ = ["check_finite", "encode", "match_columns"]
 
 
-def check_finite(raw: RawTable, names: Sequence[str], offset: int) -> None:
-    """Refuse infinite entries, naming the first."""
+def check_finite(raw: RawTable, names: Sequence[str], offset: int) -> bool:
+    """Refuse infinite entries, naming the first; say whether all are proven to be there."""
     # A finite sum proves all entries finite, without a mask as large as the data.
     if bool(raw.values.sum().isfinite()):
-        return
+        return True
     bad = raw.values.isinf()
     if bool(bad.any()):
         row, column = (int(i) for i in bad.nonzero()[0])
@@ -27,6 +27,7 @@ def check_finite(raw: RawTable, names: Sequence[str], offset: int) -> None:
             f"by "
             f"x[np.isinf(x)] = np.nan."
         )
+    return False
 
 
 def match_columns(raw: RawTable, schema: Schema) -> list[int]:

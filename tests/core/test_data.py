@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from pathlib import Path
@@ -383,3 +384,18 @@ def test_repr_says_what_it_is() -> None:
     )
     assert "..." in repr(as_dataset(np.zeros((2, 20))))
     assert len(as_dataset(NUMBERS)) == 3
+
+
+def test_fingerprints_tell_rows_apart():
+    """Binary and short numbers have most bits empty: they still change it."""
+    base = torch.tensor([[0.0, 1.0, 2.0, 0.5]] * 50, dtype=torch.float64)
+    prints = {as_dataset(base, kinds="real").fingerprint()}
+    changed = [base.clone() for _ in range(5)]
+    changed[0][3, 1] = 0.0
+    changed[1][3, :2] = torch.tensor([1.0, 0.0])  # swapped
+    changed[2][3, 0] = math.nan
+    changed[3][3, 3] = torch.nextafter(base[3, 3], base[3, 2])
+    changed[4] = torch.cat([changed[0][1:], changed[0][:1]])
+    prints |= {as_dataset(x, kinds="real").fingerprint() for x in changed}
+    assert len(prints) == 6
+    assert as_dataset(base.float(), kinds="real").fingerprint() in prints
