@@ -23,7 +23,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["nested_r_hat"]
+__all__ = ["nested_r_hat", "plain_ratio"]
 
 
 def nested_r_hat(values: Tensor, num_superchains: int) -> Tensor:
@@ -61,7 +61,7 @@ def nested_r_hat(values: Tensor, num_superchains: int) -> Tensor:
     flat = values.detach().reshape(chains * draws, -1).cpu().double().numpy()
     shape = (num_superchains, chains // num_superchains, draws, flat.shape[1])
     folded = np.abs(flat - np.median(flat, 0))
-    both = [_ratio(_normal_scores(v).reshape(shape)) for v in (flat, folded)]
+    both = [plain_ratio(_normal_scores(v).reshape(shape)) for v in (flat, folded)]
     found = np.where(np.ptp(flat, 0) > 0, np.maximum(*both), np.nan)
     return torch.as_tensor(found).reshape(values.shape[2:])
 
@@ -74,8 +74,8 @@ def _normal_scores(values: NDArray[Any]) -> NDArray[Any]:
     return scores
 
 
-def _ratio(values: NDArray[Any]) -> NDArray[Any]:
-    """Of superchains, chains, draws, entries."""
+def plain_ratio(values: NDArray[Any]) -> NDArray[Any]:
+    """Nested R-hat, without ranks, of ``(superchain, chain, draw, entry)``, for every entry."""
     means = values.mean(2)
     between = means.mean(1).var(0, ddof=1)
     within = means.var(1, ddof=1).mean(0) if means.shape[1] > 1 else 0.0

@@ -58,6 +58,7 @@ _DENSE = 300  # coordinates up to which correlations are learned
 _WORTH = 2.0  # ratio of extreme eigenvalues above which they are used
 _ENOUGH = 3  # moves a coordinate before correlations are believed
 _FLOOR, _CEILING = 1e-20, 1e20
+_FAR = 0.2  # of an acceptance rate from the median's
 
 
 class Schedule(NamedTuple):
@@ -150,18 +151,29 @@ class Pace(NamedTuple):
         return math.exp(self.log_step)
 
 
-def group_acceptance(rates: Tensor, num_groups: int) -> float:
-    """The mean acceptance rate of all groups of chains but those that are far from the median.
+def group_acceptance(rates: Tensor, own: Tensor, num_groups: int) -> tuple[float, Tensor]:
+    """The mean acceptance rate of groups that set the pace, and shares for the others.
 
-    Stuck chains share a start, and so a group.
+    Stuck chains share a start, and so a group. One that is far below the median stands where the
+    density is narrower than elsewhere (a funnel): it goes on with a smaller share of the common
+    step size until it is out, and does not slow down the others.
 
     Args:
         rates: Of every chain, ``(c,)``.
+        own: Logarithms of the chains' shares, ``(c,)``, none above zero.
         num_groups: Of consecutive chains.
+
+    Returns:
+        The rate, and new shares.
     """
     means = rates.reshape(num_groups, -1).mean(1)
-    near = (means - means.quantile(0.5)).abs() <= 0.2
-    return float(means[near].mean())
+    shares = own.reshape(num_groups, -1)
+    ahead = means - means.quantile(0.5)
+    near = (ahead.abs() <= _FAR) & (shares[:, 0] == 0)
+    if not bool(near.any()):
+        near = ahead.abs() <= _FAR
+    new = (shares + (ahead + _FAR)[:, None]).clamp(max=0.0)
+    return float(means[near].mean()), new.reshape(-1)
 
 
 def typical(lp: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from bayesgen.inference.leapfrog import Leapfrog, leapfrog
 from bayesgen.inference.run import Info, Task
 from bayesgen.inference.start import starting_points
 from bayesgen.inference.trace import Density
-from bayesgen.inference.traced import TracedEngine
+from bayesgen.inference.traced import TracedEngine, live_r_hat
 
 __all__ = ["ManyChains"]
 
@@ -41,6 +41,7 @@ _FAR, _CLIP = 8.0, 3.0  # deviations at which a chain, a value no longer counts 
 _FIRST_LENGTH = 1.5  # in standard deviations, were the first metric right
 _EARLY_STEPS = (8, 16, 64)  # paths of the settling windows; longest of the next
 _SETTLING = (0, 1)  # windows in which each chain has a step size of its own
+_SLOWEST = 8  # times as many leapfrogs, at most, for chains with a smaller step size
 _SEND_HOME = (1, 2, 3)  # windows after which chains that are stuck are restarted
 _STATISTICS = ("lp", "energy", "acceptance_rate", "n_steps", "diverging", "step_size")
 
@@ -69,7 +70,8 @@ class Adaptation(NamedTuple):
     """Of the metric: ``(D,)`` or ``(D, D)``."""
     pace: Pace
     own: Tensor
-    """``(c,)`` logarithms of the chains' own step sizes, while they settle."""
+    """``(c,)`` logarithms of the chains' own step sizes while they settle; afterwards, in warm-up,
+    of their share of the common one."""
     length: float
     """Mean time of a trajectory; its number of steps is this over the step size."""
     moves: Differences
@@ -265,6 +267,7 @@ class ManyChains(TracedEngine[ManyState]):
         *,
         most: int | None = None,
         own: bool = False,
+        lagging: bool = False,
         scan: bool = False,
     ) -> _Moved:
         """Momenta, a path, Metropolis' rule; ``number`` tells how long the path is."""
@@ -287,6 +290,18 @@ class ManyChains(TracedEngine[ManyState]):
             q, r, new_lp, g = work.leapfrog.integrate(
                 points[0], normal, points[1], adaptation.factor, step_size, steps
             )
+            if lagging:
+                slow = adaptation.own < 0
+                share = math.exp(float(adaptation.own.min()))
+                shorter, more = step_size * share, min(_SLOWEST, math.ceil(1 / share)) * steps
+                ends = work.leapfrog.integrate(
+                    points[0], normal, points[1], adaptation.factor, shorter, more
+                )
+                fast, step_size = (q, r, new_lp, g), torch.where(slow, shorter, step_size)
+                q, r, new_lp, g = (
+                    torch.where(slow if f.ndim == 1 else slow[:, None], e, f)
+                    for e, f in zip(ends, fast, strict=True)
+                )
         start, end = 0.5 * normal.square().sum(-1) - lp, 0.5 * r.square().sum(-1) - new_lp
         delta = torch.nan_to_num(start - end, nan=-torch.inf)
         accepted = _metropolis(delta, log_uniform)
@@ -365,6 +380,8 @@ class ManyChains(TracedEngine[ManyState]):
         settling = window in _SETTLING
         if tick == schedule.start(window) and settling:
             adaptation = self._first_pace(task, work, state, adaptation)
+        if tick == schedule.start(len(_SETTLING)):
+            adaptation = adaptation._replace(own=torch.zeros_like(adaptation.own))
         scan = schedule.is_scan(tick)
         if scan and not len(adaptation.curves):
             count = max(8, self._steps(adaptation, 2.5))
@@ -376,6 +393,7 @@ class ManyChains(TracedEngine[ManyState]):
             *(task, work, state.points, state.lp, adaptation, tick),
             most=early,
             own=settling,
+            lagging=not settling and bool((adaptation.own < 0).any()),
             scan=scan,
         )
         rates = moved.statistics[:, _STATISTICS.index("acceptance_rate")]
@@ -387,8 +405,9 @@ class ManyChains(TracedEngine[ManyState]):
         elif moved.curves is not None:
             adaptation = adaptation._replace(curves=adaptation.curves + moved.curves)
         else:
-            rate = group_acceptance(rates, self.num_superchains)
-            adaptation = adaptation._replace(pace=adaptation.pace.update(rate, self.target_accept))
+            rate, own = group_acceptance(rates, adaptation.own, self.num_superchains)
+            pace = adaptation.pace.update(rate, self.target_accept)
+            adaptation = adaptation._replace(pace=pace, own=own)
         state = state._replace(points=moved.points, lp=moved.lp)
         if schedule.is_middle(tick + 1) or tick + 1 in schedule.ends:
             adaptation = self._take(state, adaptation)
@@ -476,6 +495,7 @@ class ManyChains(TracedEngine[ManyState]):
     # ------------------------------------------------------------ the end
     def _info(self, state: ManyState, adaptation: Adaptation, statistics: Tensor) -> Info:
         mean = dict(zip(_STATISTICS, statistics.mean((0, 1)).tolist(), strict=True))
+        count = max(0, state.tick - self.num_warmup)
         diverging = state.sample_stats[..., _STATISTICS.index("diverging")].sum()
         return Info(
             {
@@ -484,7 +504,8 @@ class ManyChains(TracedEngine[ManyState]):
                 "acceptance_rate": mean["acceptance_rate"],
                 "num_steps": mean["n_steps"],
                 "divergences": float(diverging),
-                "num_draws": float(max(0, state.tick - self.num_warmup)),
+                "num_draws": float(count),
+                **live_r_hat(state.draws[:, :count], self.num_superchains),
             },
             state.tick >= self.num_warmup + self.num_samples,
         )
@@ -528,9 +549,7 @@ class ManyChains(TracedEngine[ManyState]):
         adaptation: Adaptation,
         statistics: Mapping[str, Tensor],
     ) -> list[str]:
-        messages = [*work.density.layout.notes]
-        if work.density.message:
-            messages.append(work.density.message)
+        messages = self.notes_of(work.density, statistics["lp"].numel())
         if state.num_restarted:
             messages.append(
                 f"{state.num_restarted} times in warm-up a chain stood far below all others and "

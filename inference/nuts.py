@@ -24,7 +24,7 @@ from bayesgen.inference.run import Info, Task
 from bayesgen.inference.speed import Speed, choose
 from bayesgen.inference.start import starting_points
 from bayesgen.inference.trace import Density
-from bayesgen.inference.traced import TracedEngine
+from bayesgen.inference.traced import TracedEngine, live_r_hat
 from bayesgen.inference.trajectory import (
     STATISTICS,
     Metric,
@@ -325,6 +325,7 @@ class NUTS(TracedEngine[NutsState]):
                 "tree_depth": mean["tree_depth"],
                 "divergences": float(diverging),
                 "num_draws": float(counts.min()),
+                **live_r_hat(state.draws[:, : int(counts.min())]),
             },
             int(counts.min()) >= self.num_samples,
         )
@@ -363,10 +364,8 @@ class NUTS(TracedEngine[NutsState]):
         }
 
     def _messages(self, work: Work, statistics: Mapping[str, Tensor]) -> list[str]:
-        messages = [*work.density.layout.notes]
-        if work.density.message:
-            messages.append(work.density.message)
         total = statistics["tree_depth"].numel()
+        messages = self.notes_of(work.density, total)
         deep = int((statistics["tree_depth"] >= self.max_depth).sum())
         if deep > total // 100:
             messages.append(

@@ -16,10 +16,31 @@ from bayesgen.inference.program import FunctionModel, arguments, bound_program, 
 from bayesgen.inference.remembered import traced_again
 from bayesgen.inference.run import Engine, S, Task
 from bayesgen.inference.trace import Density, trace
+from bayesgen.nested import plain_ratio
 
-__all__ = ["TracedEngine"]
+__all__ = ["TracedEngine", "live_r_hat"]
 
 _MAX_DISCRETE = 2**25  # labels of all draws together: 256 MiB
+_LIVE = 2**19  # numbers that the live R-hat looks at
+
+
+def live_r_hat(draws: Tensor, num_superchains: int = 0) -> dict[str, float]:
+    """The largest R-hat so far, without ranks, for a progress bar; empty before there is one.
+
+    Args:
+        draws: Unconstrained, ``(chain, draw, D)``; thinned where they are many.
+        num_superchains: Groups of a common start, whose means are compared; without them the
+            halves of all chains are.
+    """
+    draws = draws[:, :: 1 + draws.numel() // _LIVE]
+    if not num_superchains:
+        half = draws.shape[1] // 2
+        draws = torch.cat((draws[:, :half], draws[:, draws.shape[1] - half :]))
+        num_superchains = len(draws)
+    if num_superchains < 2 or draws.shape[1] < 4:
+        return {}
+    shape = (num_superchains, -1, *draws.shape[1:])
+    return {"r_hat": float(plain_ratio(draws.reshape(shape).cpu().numpy()).max())}
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,9 +102,28 @@ class TracedEngine(Engine[S], ABC):
         Discrete latents, summed out so far, are drawn given the others.
         """
         sites = density.constrain(vectors)
-        count = vectors[..., 0].numel() * sum(map(math.prod, density.layout.enumerated.values()))
-        if 0 < count <= _MAX_DISCRETE:
+        if 0 < _labels(density, vectors[..., 0].numel()) <= _MAX_DISCRETE:
             sites |= density.recover(sites, generator=task.generator)
         if isinstance(task.model, FunctionModel):
             return sites
         return {name: value for name, value in sites.items() if name in task.model.dims}
+
+    @staticmethod
+    def notes_of(density: Density, num_draws: int) -> list[str]:
+        """What is to be said of the program, and of what ``num_draws`` draws leave out of it."""
+        notes = [*density.layout.notes]
+        if density.message:
+            notes.append(density.message)
+        if (count := _labels(density, num_draws)) > _MAX_DISCRETE:
+            names = ", ".join(f"'{name}'" for name in density.layout.enumerated)
+            notes.append(
+                f"the discrete latents {names} were summed out and not drawn back: {num_draws:,} "
+                f"draws would hold {count:,} labels, more than the {_MAX_DISCRETE:,} kept. Lower "
+                "num_samples or num_chains to have them."
+            )
+        return notes
+
+
+def _labels(density: Density, num_draws: int) -> int:
+    """Of all draws together."""
+    return num_draws * sum(map(math.prod, density.layout.enumerated.values()))

@@ -282,7 +282,13 @@ def test_the_best_path_of_a_normal_law_is_a_quarter_turn():
 def test_stuck_groups_do_not_count():
     rates = torch.full((16,), 0.9)
     rates[:4] = 0.0
-    assert group_acceptance(rates, 4) == pytest.approx(0.9)
+    rate, own = group_acceptance(rates, torch.zeros(16), 4)
+    assert rate == pytest.approx(0.9)
+    torch.testing.assert_close(own, torch.tensor([-0.7] * 4 + [0.0] * 12))
+    # Out of the funnel, it has its share of the step size back.
+    for _ in range(4):
+        _, own = group_acceptance(torch.full((16,), 0.9), own, 4)
+    assert own.eq(0).all()
     lp = torch.cat((-0.5 * torch.linspace(-2, 2, 60).square(), torch.tensor([-1e3])))
     assert typical(lp).tolist() == [True] * 60 + [False]
 

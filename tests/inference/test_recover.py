@@ -13,6 +13,7 @@ import torch
 from bayesgen import rng
 from bayesgen.inference import NUTS
 from bayesgen.inference.trace import trace
+from bayesgen.inference.traced import live_r_hat
 
 __all__: list[str] = []
 
@@ -120,3 +121,20 @@ def test_without_a_trace_they_are_drawn_one_by_one():
     fit = NUTS(num_chains=1, num_samples=5, num_warmup=5).run(branching, seed=0)
     assert not fit.attrs["is_traced"]
     assert fit.draws["label"].shape == (1, 5, 4)
+
+
+def test_labels_that_are_too_many_are_left_out_and_said(monkeypatch):
+    monkeypatch.setattr("bayesgen.inference.traced._MAX_DISCRETE", 79)
+    fit = NUTS(num_chains=2, num_samples=10, num_warmup=20).run(mixture)
+    assert "label" not in fit.draws
+    assert any("'label'" in m and "80 labels" in m for m in fit.attrs["messages"])
+
+
+def test_live_numbers_hold_r_hat():
+    fit = NUTS(num_chains=2, num_samples=100, num_warmup=50).run(mixture)
+    assert len(fit.history["r_hat"]) == 2
+    assert 0.99 < fit.history["r_hat"][-1] < 1.3
+    stuck = torch.randn(2, 100, 3, generator=rng.make_generator(0))
+    stuck[1] += 9.0
+    assert live_r_hat(stuck)["r_hat"] > 3
+    assert live_r_hat(stuck[:, :1]) == {}

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from bayesgen.arviz_groups import import_arviz
-from bayesgen.inference import NUTS
+from bayesgen.inference import NUTS, ManyChains
 from tests.posteriordb import hierarchical, mixtures, regressions, series
 
 __all__ = [
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 MIN_ESS = 400
-ENGINES = {"NUTS": NUTS(target_accept=0.9)}
+ENGINES = {"NUTS": NUTS(target_accept=0.9), "ManyChains": ManyChains()}
 
 
 @dataclass(frozen=True)
