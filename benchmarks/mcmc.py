@@ -87,6 +87,12 @@ SAMPLERS = {
     "nutpie": (PEERS, "pymc_run.py", {"nutpie": True}),
     "BlackJAX NUTS": (PEERS, "blackjax_run.py", {"method": "nuts", "chains": 4}),
     "BlackJAX ChEES": (PEERS, "blackjax_run.py", {"method": "chees"}),
+    # Its authors advise the estimated metric where starts are as wide as here.
+    "BlackJAX ChEES diagonal": (
+        PEERS,
+        "blackjax_run.py",
+        {"method": "chees", "metric": "diagonal"},
+    ),
     "BlackJAX MEADS": (PEERS, "blackjax_run.py", {"method": "meads"}),
 }
 REFERENCES = ("NumPyro vectorised", "NumPyro sequential", "NUTS")

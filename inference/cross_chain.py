@@ -169,7 +169,7 @@ def group_acceptance(rates: Tensor, own: Tensor, num_groups: int) -> tuple[float
     means = rates.reshape(num_groups, -1).mean(1)
     shares = own.reshape(num_groups, -1)
     ahead = means - means.quantile(0.5)
-    near = (ahead.abs() <= _FAR) & (shares[:, 0] == 0)
+    near = (ahead.abs() <= _FAR) & (shares.amin(1) == 0)
     if not bool(near.any()):
         near = ahead.abs() <= _FAR
     new = (shares + (ahead + _FAR)[:, None]).clamp(max=0.0)

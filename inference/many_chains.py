@@ -42,7 +42,8 @@ _FIRST_LENGTH = 1.5  # in standard deviations, were the first metric right
 _EARLY_STEPS = (8, 16, 64)  # paths of the settling windows; longest of the next
 _SETTLING = (0, 1)  # windows in which each chain has a step size of its own
 _SLOWEST = 8  # times as many leapfrogs, at most, for chains with a smaller step size
-_SEND_HOME = (1, 2, 3)  # windows after which chains that are stuck are restarted
+_SEND_HOME = (1, 2, 3, 4)  # windows after which chains that are stuck are restarted
+_LATE = 3  # window after which those that still need a smaller step size are, too
 _STATISTICS = ("lp", "energy", "acceptance_rate", "n_steps", "diverging", "step_size")
 
 
@@ -473,12 +474,15 @@ class ManyChains(TracedEngine[ManyState]):
                 moves=adaptation.moves.faded(0.2),
             )
         if window in _SEND_HOME:
-            state = self._restart_stuck(task, state)
+            fine = typical(state.lp)
+            if window >= _LATE:
+                fine &= adaptation.own >= 0
+            state = self._restart_stuck(task, state, fine)
+            adaptation = adaptation._replace(own=torch.where(fine, adaptation.own, 0.0))
         return state, adaptation._replace(pace=adaptation.pace.restart(), snapshot=state.points)
 
-    def _restart_stuck(self, task: Task, state: ManyState) -> ManyState:
-        """Chains far below all others go on from one of those, of their own group if they can."""
-        fine = typical(state.lp)
+    def _restart_stuck(self, task: Task, state: ManyState, fine: Tensor) -> ManyState:
+        """Chains that are lost go on from one that is fine, of their own group if they can."""
         lost = (~fine).nonzero().flatten().tolist()
         if not lost or len(lost) > self.num_chains // 2:
             return state
@@ -552,9 +556,9 @@ class ManyChains(TracedEngine[ManyState]):
         messages = self.notes_of(work.density, statistics["lp"].numel())
         if state.num_restarted:
             messages.append(
-                f"{state.num_restarted} times in warm-up a chain stood far below all others and "
-                "was sent to where one of those was: the starting points were poor, or there is a "
-                "local mode of next to no mass."
+                f"{state.num_restarted} times in warm-up a chain stood far below all others, or "
+                "where the density is much narrower, and was sent to where another one was: the "
+                "starting points were poor, or there is a mode that these chains cannot sample."
             )
         if adaptation.length * (1 + JITTER) > self.max_leapfrogs * adaptation.pace.step_size:
             messages.append(

@@ -113,9 +113,10 @@ def prepare(workload, data, options):
     chains, samples = options.get("chains", 64), options.get("samples", 1000)
 
     def chees(key, start):
-        (states, parameters), _ = blackjax.chees_adaptation(density, chains).run(
-            key, start, 0.1, optax.adam(0.02), warmup
+        adaptation = blackjax.chees_adaptation(
+            density, chains, mass_matrix_estimation=options.get("metric")
         )
+        (states, parameters), _ = adaptation.run(key, start, 0.1, optax.adam(0.02), warmup)
         return states, parameters
 
     def meads(key, start):
