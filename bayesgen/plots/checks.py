@@ -251,7 +251,7 @@ def ranks(result: Ranks, *, ax: Axes | None = None, level: float = 0.95) -> Axes
         ax.plot(chance, ecdf - chance, color=color(index), lw=1.4, label=label)
     ax.axhline(0.0, color=GREY, lw=0.8)
     ax.set(xlabel="rank of the truth / draws", ylabel="ECDF - uniform")
-    ax.legend(frameon=False, fontsize=8)
+    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return ax
 
 
