@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from importlib.metadata import entry_points
 from typing import Any, Literal
 
 import pytest
@@ -160,3 +161,10 @@ def test_few_lines_elsewhere_and_none_when_quiet():
     ]
     with progress(VB(), stream=out, quiet=True) as callbacks:
         assert callbacks == []
+
+
+def test_an_engine_goes_by_its_class_so_that_a_saved_fit_can_refit():
+    points = list(entry_points(group="bayesgen.engines"))
+    assert points
+    for point in points:
+        assert point.name == point.load().__name__.lower()

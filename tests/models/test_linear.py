@@ -13,7 +13,7 @@ from sklearn.datasets import load_breast_cancer, load_digits, load_iris, load_wi
 from sklearn.decomposition import PCA
 from sklearn.decomposition import FactorAnalysis as Peer
 
-from bayesgen import rng
+from bayesgen import load, rng
 from bayesgen.distributions import (
     PartialLowRankMultivariateNormal,
     PartialMultivariateNormal,
@@ -194,6 +194,15 @@ def test_the_plain_maximum_is_where_em_ends():
     torch.testing.assert_close(covariance(climbed), covariance(closed), rtol=1e-4, atol=1e-4)
     restricted = ClosedForm().run(PPCA(2), x)
     assert float(restricted.log_prob(x).sum()) < closed.attrs["log_likelihood"]
+
+
+def test_a_saved_closed_form_can_be_fitted_again_for_outliers(tmp_path):
+    x, _ = simulate()
+    fit = ClosedForm().run(PPCA(2), x)
+    fit.save(tmp_path / "fit")
+    again = load(tmp_path / "fit")
+    assert torch.equal(again.log_prob(x), fit.log_prob(x))
+    assert len(again.outliers(x[:5]).p_values) == 5
 
 
 def test_randomised_is_exact_where_the_spectrum_falls():
