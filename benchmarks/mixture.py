@@ -295,7 +295,7 @@ def offsets(case: Case) -> None:
     diagonal: dict[str, list[float]] = {name: [] for name in SIDES}
     for x in (near.x, far.x):
         ours_too = GaussianMixture(case.num_components, "diagonal")
-        fit = EM("likelihood", 1, 0.0, 8).run(ours_too, x, seed=0)
+        fit = EM("likelihood", num_starts=1, tolerance=0.0, max_steps=8).run(ours_too, x, seed=0)
         diagonal["bayesgen"].append(fit.attrs["objective"] / len(x))
         there = Peer(case.num_components, covariance_type="diag", max_iter=8, random_state=0)
         try:
