@@ -249,7 +249,7 @@ def _facts(page: Page, fit: Fit) -> None:
         ("seed", attrs.get("seed", "not recorded")),
         ("rows", attrs.get("num_rows", "not recorded")),
         ("columns", ", ".join(fit.columns[:30]) or "those of the program"),
-        ("data, SHA-256", attrs.get("data_fingerprint", "not recorded")),
+        ("data fingerprint", attrs.get("data_fingerprint", "not recorded")),
         ("computed on", f"{attrs.get('device', '?')}, {attrs.get('dtype', '?')}"),
         *((f"version of {k}", v) for k, v in attrs.get("versions", {}).items()),
     ]
