@@ -3,10 +3,11 @@
     python benchmarks/svi.py [--workloads mixture logistic vae] [--numpyro PYTHON] [--rounds 5]
 
 Every contender does the same step on the same data: a minibatch, the evidence bound of one
-particle under a mean-field normal guide (the VAE: its encoder), its gradient, Adam. Contenders
-take turns, round by round, in one process (NumPyro's in one of its own, given by the Python that
-has it); printed are medians of the CPU time of a step and ratios to ours. On a busy machine
-believe the ratios.
+particle under a mean-field normal guide (the VAE: its encoder), its gradient, Adam. Each has a
+process of its own (NumPyro's by the Python that has it) and they take turns, round by round;
+printed are medians of the CPU time of a step and ratios to ours. One that fails or takes longer
+than --limit seconds to trace and compile is named and left out. On a busy machine believe the
+ratios.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import select
 import statistics
 import subprocess
 import sys
@@ -265,32 +267,67 @@ class ByHand:
 
 
 class Elsewhere:
-    """NumPyro in a process of its own, spoken to by lines."""
+    """A contender in a process of its own, spoken to by lines."""
 
     def __init__(self, python, name, kind):
-        command = [python, __file__, "--serve", name, kind]
+        command = [python, "-W", "ignore", __file__, "--serve", name, kind]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
         )
 
-    def measure(self, calls):
+    def answer(self, seconds):
+        """The next number that it prints.
+
+        Raises:
+            Failed: It ended, or took longer.
+        """
+        ready, _, _ = select.select([self.process.stdout], [], [], seconds)
+        if not ready:
+            raise Failed(f"no answer within {seconds:.0f} s")
+        line = self.process.stdout.readline()
+        if not line:
+            raise Failed(f"ended with status {self.process.wait()}")
+        return json.loads(line)
+
+    def measure(self, calls, seconds):
         self.process.stdin.write(f"{calls}\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
+        return self.answer(seconds) / calls
 
     def close(self):
-        self.process.stdin.close()
+        self.process.kill()
         self.process.wait()
 
 
+class Failed(Exception):
+    """Why a contender leaves the match."""
+
+
 def serve(name, kind):
-    """NumPyro's side: `update`, its jitted step; `scan`, many steps in one program."""
-    run = numpyro_steps(name, kind)
-    run(CALLS[name])
+    """One contender: built and warmed, then CPU seconds of as many steps as each line says."""
+    if kind.startswith("NumPyro"):
+        run = numpyro_steps(name, kind.removeprefix("NumPyro "))
+    else:
+        import torch
+
+        torch.set_num_threads(1)
+        makers = {
+            "ours": Ours,
+            "Pyro SVI.step": Pyro,
+            "torch by hand": ByHand,
+            "the same, compiled": lambda name: ByHand(name, True),
+        }
+        run = makers[kind](name).run
+    run(calls_of(name, kind))
+    print(json.dumps(time.process_time()), flush=True)
     for line in sys.stdin:
         before = time.process_time()
         run(int(line))
         print(json.dumps(time.process_time() - before), flush=True)
+
+
+def calls_of(name, kind):
+    """Steps of one turn; slow contenders make fewer."""
+    return max(48, CALLS[name] // (10 if kind.startswith("Pyro") else 1))
 
 
 def numpyro_steps(name, kind):
@@ -378,51 +415,61 @@ def numpyro_steps(name, kind):
 
 
 # ---------------------------------------------------------------- the match
-def measured(contender, calls):
-    if isinstance(contender, Elsewhere):
-        return contender.measure(calls) / calls
-    before = time.process_time()
-    contender.run(calls)
-    return (time.process_time() - before) / calls
+KINDS = ("ours", "Pyro SVI.step", "torch by hand", "the same, compiled")
 
 
 def compare(name, arguments):
-    contenders = {"ours": Ours(name), "Pyro SVI.step": Pyro(name)}
-    contenders |= {"torch by hand": ByHand(name), "the same, compiled": ByHand(name, True)}
+    pythons = dict.fromkeys(KINDS, sys.executable)
     if arguments.numpyro:
-        for kind in ("update", "scan"):
-            contenders[f"NumPyro {kind}"] = Elsewhere(arguments.numpyro, name, kind)
-    calls = CALLS[name]
-    shares = {"Pyro SVI.step": 10}  # slow ones make fewer steps
-    for label, contender in contenders.items():  # warm: traced, compiled
-        measured(contender, max(48, calls // shares.get(label, 1)))
-    times = {label: [] for label in contenders}
-    for _ in range(arguments.rounds):
-        for label, contender in contenders.items():
-            times[label].append(measured(contender, max(48, calls // shares.get(label, 1))))
-    base = statistics.median(times["ours"])
-    for label, values in times.items():
-        middle = statistics.median(values)
-        print(f"{name:10} {label:20} {1e6 * middle:10.1f} us {middle / base:8.2f} x", flush=True)
-    for contender in contenders.values():
-        if isinstance(contender, Elsewhere):
+        pythons |= dict.fromkeys(("NumPyro update", "NumPyro scan"), arguments.numpyro)
+    contenders, times = {}, {}
+    try:
+        for kind, python in pythons.items():  # one after the other: traced, compiled, warm
+            contenders[kind] = Elsewhere(python, name, kind)
+            if guarded(name, contenders, kind, lambda c: c.answer(arguments.limit)) is not None:
+                times[kind] = []
+        for _ in range(arguments.rounds):
+            for kind in list(times):
+                calls = calls_of(name, kind)
+                one = guarded(name, contenders, kind, lambda c, n=calls: c.measure(n, 30.0))
+                if one is None:
+                    del times[kind]
+                else:
+                    times[kind].append(one)
+    finally:
+        for contender in contenders.values():
             contender.close()
+    if not arguments.rounds:
+        print(f"{name:10} warm: {', '.join(times)}", flush=True)
+        return
+    base = statistics.median(times["ours"]) if "ours" in times else math.nan
+    for kind, values in times.items():
+        middle = statistics.median(values)
+        print(f"{name:10} {kind:20} {1e6 * middle:10.1f} us {middle / base:8.2f} x", flush=True)
+
+
+def guarded(name, contenders, kind, ask):
+    """What a contender answers; None, with the reason printed, where it fails."""
+    try:
+        return ask(contenders[kind])
+    except (Failed, OSError) as error:
+        print(f"{name:10} {kind:20} left out: {error}", flush=True)
+        contenders[kind].close()
+        return None
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workloads", nargs="+", choices=CALLS, default=list(CALLS))
     parser.add_argument("--numpyro", help="a Python that has NumPyro")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="0 only fills the compiler's cache")
+    parser.add_argument("--limit", type=float, default=180.0, help="seconds to build a contender")
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
         serve(*arguments.serve)
         return
-    import torch
-
-    torch.set_num_threads(1)
-    print(f"{'workload':10} {'step':20} {'CPU a step':>13} {'ratio':>10}")
+    print(f"{'workload':10} {'step':20} {'CPU a step':>13} {'ratio':>10}", flush=True)
     for name in arguments.workloads:
         compare(name, arguments)
 

@@ -28,7 +28,7 @@ _FLAGS = (
     "-std=gnu++17 -O2 -march=native -ffp-contract=fast -fno-math-errno -fno-trapping-math "
     "-fno-strict-aliasing -fopenmp-simd -fno-exceptions -shared -fPIC -w -x c++"
 ).split()
-_MAX_STATEMENTS = 60_000
+MAX_STATEMENTS = 60_000
 
 
 def compiler() -> str | None:
@@ -195,7 +195,7 @@ def translated(density: Density) -> Translation:
     if held is not None:
         return held
     translation = translate(density.single, density._points(1)[0])
-    if translation.statements > _MAX_STATEMENTS:
+    if translation.statements > MAX_STATEMENTS:
         raise Unsupported(f"{translation.statements} statements would take minutes to compile")
     _TRANSLATIONS[density] = translation
     return translation

@@ -21,6 +21,7 @@ from bayesgen.inference.optimizers import OPTIMIZERS, Constant, Optimizer, Sched
 from bayesgen.inference.plateau import Plateau, plateau
 from bayesgen.inference.program import arguments
 from bayesgen.inference.run import Engine, Info, Task
+from bayesgen.inference.svi_blame import culprit
 from bayesgen.inference.svi_draws import mean_and_error
 from bayesgen.inference.svi_finish import End, finish
 from bayesgen.inference.svi_machine import Machine, Steps
@@ -32,6 +33,7 @@ from bayesgen.inference.svi_setup import (
     make_setup,
 )
 from bayesgen.inference.svi_step import (
+    Feed,
     Traced,
     draw_noise,
     make_update,
@@ -124,7 +126,8 @@ class SVI(Engine[SVIState]):
         tolerance: Rise of the bound that matters, in nats a row (at least 0.05 nats in all).
         num_samples: Draws from the guide that the fit holds.
         local_latents: Whether latents of single rows are kept among the draws.
-        compile: Whether steps are compiled: True, False, or ``"auto"``: once the steps done have
+        compile: Whether steps are compiled: True, False, or ``"auto"``: by generated C++ from the
+            start where that can be written and pays; else by Inductor, once the steps done have
             cost as much as compiling would, if enough of them may follow.
         trace: False runs by Pyro's own Python, to compare with.
         dtype: Default dtype of program and guide; neural networks usually want ``torch.float32``.
@@ -280,9 +283,12 @@ class SVI(Engine[SVIState]):
             bound = particles_by_pyro(setup.pair, self.num_particles, self._order, task.generator)
         else:
             bound = particles(traced.graph, self.num_particles, self._order)
-        update = make_update(bound, self._optimizer, self.max_norm, setup.feed)
+        feed = setup.feed
+        whole = Feed((False,) * len(feed.rows), (), 0)
         machine = Machine(
-            update,
+            make_update(bound, self._optimizer, self.max_norm, feed),
+            make_update(bound, self._optimizer, self.max_norm, whole),
+            feed,
             num_moving=2 + len(self._optimizer.slots),
             num_indices=setup.feed.num_indices,
             cost=self._cost(setup, traced),
@@ -335,6 +341,8 @@ class SVI(Engine[SVIState]):
         steps = Steps(scalars, normals, uniforms, tuple(indices), data)
         moving = (state.params, state.average, *state.slots.values())
         numbers, moved = work.machine.run(state.num_steps, moving, steps)
+        if not bool(numbers.isfinite().all()):
+            raise ValueError(self._blame(work, state.num_steps, moving, steps, numbers))
         return self._after(work, state, numbers, moved, places)
 
     def _scalars(self, done: int, count: int, like: Tensor) -> Tensor:
@@ -377,8 +385,6 @@ class SVI(Engine[SVIState]):
                 "SVI: model or guide branches on a value that changed after they were traced. Use "
                 "torch.where, or SVI(trace=False), which is many times slower."
             )
-        if not bool(numbers.isfinite().all()):
-            raise ValueError(self._blame(state, bounds))
         params, average, *slots = moved
         elbo, error = mean_and_error(bounds)
         blocks = [*state.blocks, elbo]
@@ -408,12 +414,24 @@ class SVI(Engine[SVIState]):
         rows = work.setup.pair.extra.get("num_rows", work.setup.pair.call.num_rows)
         return max(_MIN_THRESHOLD, self.tolerance * rows)
 
-    def _blame(self, state: SVIState, bounds: Tensor) -> str:
-        first = int((~bounds.isfinite()).nonzero()[0]) if not bounds.isfinite().all() else 0
+    def _blame(
+        self,
+        work: Work,
+        done: int,
+        moving: tuple[Tensor, ...],
+        steps: Steps,
+        numbers: Tensor,
+    ) -> str:
+        """What a bound or gradient that is not finite says, after going to that step again."""
+        first = int((~numbers.isfinite()).any(-1).nonzero()[0])
+        for k in range(first):
+            _, moving = work.machine.run(done + k, moving, steps.part(k, k + 1))
+        batch = work.setup.feed.batch([index[first] for index in steps.indices], steps.data)
+        noise = steps.normals[first], steps.uniforms[first]
         return (
-            f"SVI: the bound or its gradient stopped being finite at step "
-            f"{state.num_steps + first + 1}. Lower learning_rate, give max_norm=10.0, rescale the "
-            "data, or start elsewhere (init_loc_fn of the autoguide)."
+            f"SVI: the bound or its gradient stopped being finite at step {done + first + 1}. "
+            f"{culprit(work.setup.pair, moving[0], *noise, batch)} Lower learning_rate, give "
+            "max_norm=10.0, rescale the data, or start elsewhere (init_loc_fn of the autoguide)."
         )
 
     # ------------------------------------------------------------ the end

@@ -1,4 +1,4 @@
-"""Runs optimiser steps: eagerly at first, compiled once the steps done have cost as much."""
+"""Runs optimiser steps: in generated C++; or eagerly, then by Inductor once that pays."""
 
 from __future__ import annotations
 
@@ -10,14 +10,19 @@ import torch
 from torch import Tensor
 
 from bayesgen.inference.cost import Cost
+from bayesgen.inference.emit import Unsupported
 from bayesgen.inference.graph import capture, compile_graph, simplify
 from bayesgen.inference.native import compiler
-from bayesgen.inference.svi_step import Update
+from bayesgen.inference.svi_native import NativeUpdate
+from bayesgen.inference.svi_step import Feed, Update
 
 __all__ = ["Machine", "Plan", "Steps"]
 
 _COPIES = 4  # steps in one compiled call
 _MAX_OPERATIONS = 4000  # of one compiled call; more take minutes
+_NATIVE, _NATIVE_STATEMENT = 1.0, 4e-3  # seconds to write and compile C++, and for each statement
+_NATIVE_STEP = 1e-5  # seconds of a call of it
+_MAX_PRODUCTS = 1e6  # multiplications of a step in matrix products, which a library does better
 _SLOW_STEP = 1e-3  # seconds: beyond it, what a call costs is nothing
 
 
@@ -72,6 +77,8 @@ class Machine:
 
     Args:
         update: One step.
+        apart: The same, told its minibatch itself.
+        feed: How a minibatch is cut out of the data.
         num_moving: Vectors that a step replaces: parameters, average, slots.
         num_indices: Index tensors of a step.
         cost: Of one step; None where it is Pyro's own Python and cannot be compiled.
@@ -82,6 +89,8 @@ class Machine:
     def __init__(
         self,
         update: Update,
+        apart: Update,
+        feed: Feed,
         *,
         num_moving: int,
         num_indices: int,
@@ -92,6 +101,8 @@ class Machine:
         self._update, self._cost = update, cost
         self._num_moving, self._num_indices = num_moving, num_indices
         self._compile, self._max_steps = compile, max_steps
+        self._apart, self._feed = apart, feed
+        self._native: NativeUpdate | None = None
         self._plan: Plan | None = None
         self._compiled: Callable[..., Any] | None = None
         self._shapes: list[torch.Size] = []
@@ -105,12 +116,15 @@ class Machine:
     @property
     def is_compiled(self) -> bool:
         """Whether steps run compiled by now."""
-        return self._compiled is not None
+        return self._compiled is not None or self._native is not None
 
     def run(self, done: int, moving: Moving, steps: Steps) -> tuple[Tensor, Moving]:
         """Numbers ``(count, 3)`` of some steps, and what moved."""
         with torch.no_grad():
             plan = self._planned(moving, steps)
+            if self._native is not None:
+                noise = (steps.scalars, steps.normals, steps.uniforms)
+                return self._native.run(moving, noise, steps.indices, steps.data)
             start, parts = 0, []
             if plan.switch is not None and done >= plan.switch:
                 compiled = self._built(plan, moving, steps)
@@ -142,7 +156,36 @@ class Machine:
         if moving[0].device.type == "cpu" and compiler() is None:
             why = "eager: there is no C++ compiler (install g++ or clang, or set CXX)"
             return Plan(None, 1, why)
+        native = self._in_native(self._cost, moving, steps)
+        if native is not None:
+            return native
         return self._weighed(self._cost, min(steps.length, _COPIES))
+
+    def _in_native(self, cost: Cost, moving: Moving, steps: Steps) -> Plan | None:
+        """Generated C++, where it can be written and pays; such code knows no large products."""
+        if cost.products > _MAX_PRODUCTS:
+            return None
+        start = time.perf_counter()
+        now = steps.part(0, 1)
+        inputs = (now.scalars[0], now.normals[0], now.uniforms[0])
+        try:
+            found = NativeUpdate(
+                self._apart,
+                self._feed,
+                moving,
+                (*inputs, [index[0] for index in now.indices], now.data),
+            )
+            build = _NATIVE + _NATIVE_STATEMENT * found.translation.statements
+            each = cost.native(1) + _NATIVE_STEP
+            gain = self._max_steps * (cost.eager(1) - each)
+            if self._compile == "auto" and gain < build:
+                return None
+            found.build()
+        except Unsupported:
+            return None
+        self._native, self.seconds = found, time.perf_counter() - start
+        why = f"{cost.operations} operations, {1e6 * cost.eager(1):.0f} us eagerly"
+        return Plan(None, 1, f"compiled to C++: a step of {why} and about {1e6 * each:.0f} us so")
 
     def _weighed(self, cost: Cost, most: int) -> Plan:
         copies = 1 if cost.compiled(1) > _SLOW_STEP else most
