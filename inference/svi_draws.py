@@ -64,12 +64,20 @@ def settled(pair: Pair, flat: Tensor, tensors: Sequence[Tensor]) -> Pair:
     guide = pair.guide
     if not isinstance(guide, AutoLaplaceApproximation):
         return pair
-    loc = pair.named(flat)["loc"]
+    # Pyro's store names it after the guide's class.
+    loc = next(v for k, v in pair.named(flat).items() if k.rpartition(".")[2] == "loc")
     args, kwargs = pair.call.arguments(tensors)
-    with pair.using(flat), torch.enable_grad():
+    quiet = rng.fork(rng.make_generator(0, pair.device))  # Pyro runs the model there
+    with quiet, pair.using(flat), torch.enable_grad():
         # A parameter of its own: the Hessian is taken with respect to it.
         guide.loc = nn.Parameter(loc.detach().clone())
-        final = guide.laplace_approximation(*args, **kwargs, **pair.extra)
+        try:
+            final = guide.laplace_approximation(*args, **kwargs, **pair.extra)
+        except torch.linalg.LinAlgError as error:
+            raise ValueError(
+                "SVI: AutoLaplaceApproximation ended where the log density is not concave, so "
+                "this is no mode. Raise num_steps or learning_rate, or use AutoMultivariateNormal."
+            ) from error
     return dataclasses.replace(pair, guide=final)
 
 

@@ -6,6 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from bayesgen import rng
@@ -62,7 +63,7 @@ def finish(end: End) -> dict[str, Any]:
         "averaged": averaged,
         "num_params": pair.num_params,
         "is_traced": end.traced,
-        "messages": why,
+        "messages": [*why, *_summed_out(end, pair)],
     }
     model = end.task.model
     if isinstance(model, TrainedProgram):
@@ -72,6 +73,26 @@ def finish(end: End) -> dict[str, Any]:
     if not drawn.is_point and full and drawn.values:
         parts["sample_stats"] = {"log_weight": drawn.log_weights[None]}
     return parts
+
+
+def _summed_out(end: End, pair: Pair) -> list[str]:
+    """What is said of discrete latents of a program that the guide lacks."""
+    if not isinstance(end.task.model, TrainedProgram):
+        return []
+    names = [
+        repr(name)
+        for name, node in pair.traces.model.nodes.items()
+        if node["type"] == "sample"
+        and not node["is_observed"]
+        and name not in pair.traces.guide.nodes
+        and not site_is_subsample(node)
+    ]
+    if not names:
+        return []
+    return [
+        f"discrete latents were summed out and are not among the draws: {', '.join(names)}. NUTS "
+        "draws them back."
+    ]
 
 
 def _sees_all(end: End) -> bool:
