@@ -46,7 +46,9 @@ class Traced(NamedTuple):
         if self.graph is not None:
             digest.update(self.graph.code.encode())
             for name, value in sorted(self.graph.named_buffers()):
-                flat = value.detach().cpu().contiguous().reshape(-1)
+                flat = (
+                    value.detach().cpu().reshape(-1).clone(memory_format=torch.contiguous_format)
+                )
                 digest.update(name.encode() + flat.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
