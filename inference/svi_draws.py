@@ -73,7 +73,9 @@ def settled(pair: Pair, flat: Tensor, tensors: Sequence[Tensor]) -> Pair:
         guide.loc = nn.Parameter(loc.detach().clone())
         try:
             final = guide.laplace_approximation(*args, **kwargs, **pair.extra)
-        except torch._C._LinAlgError as error:
+        except RuntimeError as error:
+            if "positive-definite" not in str(error):
+                raise
             raise ValueError(
                 "SVI: AutoLaplaceApproximation ended where the log density is not concave, so "
                 "this is no mode. Raise num_steps or learning_rate, or use AutoMultivariateNormal."
