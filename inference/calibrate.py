@@ -99,7 +99,7 @@ def calibrate_engine(
         ...         pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
         >>> ranks = calibrate_engine(model, torch.zeros(5), SVI(), num_simulations=40)
         >>> sorted(ranks.ranks)
-        ['log_likelihood', 'loc']
+        ['loc', 'log_likelihood']
     """
     if num_simulations < 2:
         raise ValueError(f"num_simulations={num_simulations}, but at least 2 are needed.")

@@ -35,7 +35,7 @@ class RootInverseGamma(TorchDistribution):
 
     Example:
         >>> RootInverseGamma(2.0, 3.0).log_prob(torch.tensor(1.0))
-        tensor(-0.1097)
+        tensor(-0.1096)
     """
 
     arg_constraints = {"concentration": constraints.positive, "rate": constraints.positive}
