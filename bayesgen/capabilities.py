@@ -245,6 +245,13 @@ class Conjugate(ABC):
         ``x`` comes in float64 and is centred there; features are then kept in ``dtype``.
         """
 
+    def ready(self, messages: Mapping[str, Tensors], dtype: torch.dtype) -> Mapping[str, Tensors]:
+        """The messages with what every batch of a pass would work out from them again.
+
+        Engines call it once a pass; :meth:`local` takes messages with it or without.
+        """
+        return messages
+
     @abstractmethod
     def local(
         self,

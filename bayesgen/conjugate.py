@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from bayesgen.capabilities import Tensors
 
-__all__ = ["Block", "Local", "MarginalBlock", "add_statistics"]
+__all__ = ["Block", "Condensable", "Condensed", "Local", "MarginalBlock", "add_statistics"]
 
 
 class Local(NamedTuple):
@@ -33,6 +33,21 @@ class Local(NamedTuple):
     log likelihood when the message is a point, the local part of the ELBO when an expectation."""
     latents: Tensors
     """Local latents, ``responsibilities (..., K, b)`` or ``labels (..., b)`` among them."""
+
+
+class Condensed(Protocol):
+    """What is kept of a batch between passes when its features are too large to keep."""
+
+    def expanded(self) -> Any:
+        """The batch again, to the bit."""
+
+
+@runtime_checkable
+class Condensable(Protocol):
+    """A batch, as :meth:`Conjugate.observe` made it, that can be kept in the room of its rows."""
+
+    def condensed(self) -> Condensed:
+        """What its features can be made of again, without the float64 rows and their centring."""
 
 
 class Block(ABC):

@@ -232,8 +232,10 @@ def _stochastic(rule: Rule, source: Source, state: Ascent) -> Ascent:
     return Ascent(parameters, total, objective, state.num_passes + 1, None, None)
 
 
-def final(rule: Rule, source: Source, state: Ascent) -> Ascent:
-    """The exact objective of the last parameters, whatever schedule found them."""
+def final(rule: Rule, source: Source, state: Ascent, schedule: str) -> Ascent:
+    """The exact objective and statistics of the last parameters; full passes have them already."""
+    if schedule == "full":
+        return state
     return evaluate(rule, source, state.parameters, state.num_passes)
 
 

@@ -19,7 +19,7 @@ from bayesgen.inference.coordinate import (
     ascend,
     begin,
     check_schedule,
-    evaluate,
+    final,
     pick,
 )
 from bayesgen.inference.run import Engine, Info, Task
@@ -149,7 +149,7 @@ class EM(Engine[Ascent]):
         return new, Info({"objective": best}, bool(change <= self.tolerance))
 
     def finish(self, task: Task, work: Source, state: Ascent) -> dict[str, Any]:
-        state = evaluate(self._rule, work, state.parameters, state.num_passes)
+        state = final(self._rule, work, state, self.schedule)
         collapsed = task.model.degenerate(state.parameters).expand(state.objective.shape)
         score = torch.where(collapsed, -torch.inf, state.objective)
         best = (

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bayesgen.capabilities import Partitioned, Pooled, require
-from bayesgen.conjugate import Local, add_statistics
+from bayesgen.conjugate import Condensable, Local, add_statistics
 
 if TYPE_CHECKING:
     from bayesgen.capabilities import Conjugate, Tensors
@@ -23,7 +23,8 @@ __all__ = ["Source"]
 _CHUNK = {"cpu": 3 * 2**20}
 _LARGE_CHUNK = 2**28
 # Numbers of all features together up to which they are computed once and kept; beyond that, where
-# they take no more room than the rows themselves.
+# they take no more room than the rows themselves. Else what they come from is kept, if a batch can
+# be condensed to that.
 _KEEP = 2**22
 # How many times as large as their rows kept features may be: values and a mask, say.
 _TIMES = 2.1
@@ -61,12 +62,12 @@ class Source:
         self._chunk = batch_size
         self._pool = model if isinstance(model, Pooled) and model.pools else None
         self.batch_size = batch_size if self._pool is None else self.num_rows
-        self._keep = data.in_memory
         # On the processor chunks are converted one by one: float32 data are never held twice.
         self._rows: Tensor | None = None
         if data.in_memory and self.device.type != "cpu":
             self._rows = data.tensor(torch.float64, self.device)
         self._kept: list[Any] | None = None
+        self._condensed = False
 
     @property
     def partitioned(self) -> Partitioned:
@@ -81,23 +82,25 @@ class Source:
     def __iter__(self) -> Iterator[Any]:
         """Observed batches, always in the same order."""
         if self._kept is not None:
-            yield from self._kept
+            yield from (item.expanded() if self._condensed else item for item in self._kept)
             return
         if self._pool is not None:
             self._kept = [self._pooled(self._pool)]
             yield from self._kept
             return
         kept: list[Any] = []
+        keep = condense = False
         for rows in self._chunks():
             observed = self.model.observe(rows, self.dtype)
-            if self._keep and not kept:
-                self._keep = self._affordable(observed, rows)
-            if self._keep:
-                kept.append(observed)
+            if not kept and self.data.in_memory:
+                condense = not self._affordable(observed, rows)
+                keep = not condense or isinstance(observed, Condensable)
+            if keep:
+                kept.append(observed.condensed() if condense else observed)
             yield observed
             del observed
-        if self._keep:
-            self._kept = kept
+        if keep:
+            self._kept, self._condensed = kept, condense
 
     def _affordable(self, observed: Any, rows: Tensor) -> bool:
         """Whether the features of all rows may be kept, judged by the first batch."""
@@ -156,6 +159,7 @@ class Source:
         total: dict[str, dict[str, Tensor]] | None = None
         bound: Tensor | None = None
         labels = []
+        messages = self.model.ready(messages, self.dtype)
         for observed in self:
             local = self.model.local(observed, messages, generator=generator)
             total = add_statistics(total, local.statistics)

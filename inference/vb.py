@@ -19,7 +19,7 @@ from bayesgen.inference.coordinate import (
     ascend,
     begin,
     check_schedule,
-    evaluate,
+    final,
     pick,
 )
 from bayesgen.inference.moves import KINDS, attempt, num_occupied
@@ -225,7 +225,7 @@ class VB(Engine[VBState]):
             )
 
     def finish(self, task: Task, work: Source, state: VBState) -> dict[str, Any]:
-        exact = evaluate(_Expectation(), work, state.parameters, state.num_passes)
+        exact = final(_Expectation(), work, state.ascent, self.schedule)
         best = self._best(exact)
         posterior = {b: {k: v[0] for k, v in s.items()} for b, s in best.parameters.items()}
         values = {

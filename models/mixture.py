@@ -276,6 +276,9 @@ class Mixture(Model, Program, Scored, Generative, Encoder, Conditional, Symmetri
     def observe(self, x: Tensor, dtype: torch.dtype = torch.float64) -> Any:
         return self.family.observe(x, dtype)
 
+    def ready(self, messages: Mapping[str, Tensors], dtype: torch.dtype) -> Mapping[str, Tensors]:
+        return {**messages, "components": self.family.ready(messages["components"], dtype)}
+
     def component_scores(self, observed: Any, message: Tensors) -> Tensor:
         return self.family.evaluate(observed, message).scores
 
@@ -304,7 +307,7 @@ class Mixture(Model, Program, Scored, Generative, Encoder, Conditional, Symmetri
         message = messages["components"]
         evaluation = self.family.evaluate(observed, message)
         weights = messages["weights"]["log_weights"].unsqueeze(-1)
-        logits = evaluation.scores + weights.to(evaluation.scores.dtype)
+        logits = evaluation.scores.add_(weights.to(evaluation.scores.dtype))
         latents: dict[str, Tensor]
         if generator is None:
             responsibilities, normaliser = _softmax(logits)

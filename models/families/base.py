@@ -134,9 +134,13 @@ class Family(ABC):
     def collapsible(self, observed: Any) -> bool:
         """Whether responsibilities alone determine the statistics of a batch."""
 
+    def ready(self, message: Tensors, dtype: torch.dtype) -> Tensors:
+        """The message with what every batch of a pass would work out from it again."""
+        return message
+
     @abstractmethod
     def evaluate(self, observed: Any, message: Tensors) -> Evaluation:
-        """Scores of a batch under a message of the block."""
+        """Scores of a batch under a message of the block; the caller may overwrite them."""
 
     @abstractmethod
     def statistics(

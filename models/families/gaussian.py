@@ -79,14 +79,24 @@ def quadratic_scores(group: Group, message: Tensors, d: int) -> tuple[Tensor, Te
     return natural.to(group.features.dtype) @ group.features, log_det
 
 
+def _normalised(natural: Tensor, log_det: Tensor, p: int) -> Tensor:
+    """Natural parameters ``(..., F)`` of ``p`` columns with the normaliser in their constant."""
+    constant = 0.5 * (log_det - p * _LOG_2PI)
+    return torch.cat([natural[..., :1] + constant.unsqueeze(-1), natural[..., 1:]], dim=-1)
+
+
 def full_log_prob(batch: Quadratic, message: Tensors) -> Tensor:
     """Gaussian scores ``(..., K, n)`` of a batch; the normaliser rides along in the product."""
     d = batch.num_columns
     parts: Tensor | None = None
     for group in batch.groups:
-        natural, log_det = marginal_natural(message["natural"], message["log_det"], group, d)
-        constant = 0.5 * (log_det - len(group.observed) * _LOG_2PI)
-        natural = torch.cat([natural[..., :1] + constant.unsqueeze(-1), natural[..., 1:]], dim=-1)
+        if "normalised" in message and len(group.missing) == 0:
+            natural = message["normalised"]
+        else:
+            natural = _normalised(
+                *marginal_natural(message["natural"], message["log_det"], group, d),
+                len(group.observed),
+            )
         scores = natural.to(group.features.dtype) @ group.features
         if group.rows is None:
             return scores
@@ -306,6 +316,10 @@ class Gaussian(Family):
 
     def collapsible(self, observed: Quadratic) -> bool:
         return all(len(group.missing) == 0 for group in observed.groups)
+
+    def ready(self, message: Tensors, dtype: torch.dtype) -> Tensors:
+        normalised = _normalised(message["natural"], message["log_det"], self._d)
+        return {**message, "normalised": normalised.to(dtype)}
 
     def evaluate(self, observed: Quadratic, message: Tensors) -> Evaluation:
         return Evaluation(full_log_prob(observed, message))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "Condensed",
     "Group",
     "Quadratic",
     "conditional_maps",
@@ -41,6 +42,11 @@ class Group(NamedTuple):
     features: Tensor
     """``(F_p, m)`` quadratic features of the observed columns."""
 
+    @property
+    def columns(self) -> Tensor:
+        """``(p, m)`` the observed columns themselves, a view."""
+        return self.features[1 : 1 + len(self.observed)]
+
 
 class Quadratic(NamedTuple):
     """A batch as groups of rows."""
@@ -48,6 +54,25 @@ class Quadratic(NamedTuple):
     groups: tuple[Group, ...]
     num_rows: int
     num_columns: int
+
+    def condensed(self) -> Condensed:
+        """The columns alone, which give the same features again, to the bit."""
+        parts = tuple(group._replace(features=group.columns.clone()) for group in self.groups)
+        return Condensed(parts, self.num_rows, self.num_columns)
+
+
+class Condensed(NamedTuple):
+    """A batch without the products of its columns: as small as its rows."""
+
+    groups: tuple[Group, ...]
+    """As in :class:`Quadratic`, with the columns ``(p, m)`` in the place of their features."""
+    num_rows: int
+    num_columns: int
+
+    def expanded(self) -> Quadratic:
+        """The batch with its features."""
+        parts = tuple(group._replace(features=_expand(group.features)) for group in self.groups)
+        return Quadratic(parts, self.num_rows, self.num_columns)
 
 
 def num_features(p: int) -> int:
@@ -57,11 +82,16 @@ def num_features(p: int) -> int:
 
 def features(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """``(n, p)`` to ``(F, n)``: ones, columns, and products in the order of :func:`_pairs`."""
-    n, p = x.shape
+    return _expand(x.T, dtype)
+
+
+def _expand(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Columns ``(p, n)`` to features ``(F, n)``."""
+    p, n = x.shape
     whole, half = (p + 1) // 2, p // 2
     out = x.new_empty((num_features(p), n), dtype=dtype or x.dtype)
     out[0] = 1.0
-    columns = out[1 : 1 + p].copy_(x.T)
+    columns = out[1 : 1 + p].copy_(x)
     # Windows over the columns and their beginning again: all products in one or two calls.
     windows = torch.cat([columns, columns[:half]]).unfold(0, p, 1)[:whole].transpose(1, 2)
     rounds = 1 + p + whole * p
@@ -289,7 +319,7 @@ def _drawn_moments(
     """Moments with holes drawn given one-hot ``labels``; weights carry the local scale."""
     o, m = group.observed, group.missing
     maps = conditional_maps(natural.double(), group, d)
-    x = group.features[1 : 1 + len(o)].double()
+    x = group.columns.double()
     hot = labels.double()
     mean = torch.einsum("...kn,...kmp,pn->...mn", hot, maps.slope, x) if len(o) else 0.0
     mean = mean + torch.einsum("...kn,...km->...mn", hot, maps.offset)

@@ -86,6 +86,31 @@ def test_features_are_kept_where_they_are_no_larger_than_the_rows(wide: bool, mo
     assert all(a is b for a, b in zip(first, second, strict=True)) == wide
 
 
+@pytest.mark.parametrize("holes", [True, False])
+@pytest.mark.parametrize("columns", [1, 3, 4])
+def test_condensed_batches_are_the_same_to_the_bit(holes: bool, columns: int, monkeypatch) -> None:
+    """Between passes only the columns are kept; every statistic must not notice."""
+    monkeypatch.setattr("bayesgen.inference.source._KEEP", 0)
+    generator = rng.make_generator(0)
+    x = torch.randn((500, columns), generator=generator, dtype=torch.float64)
+    if holes:
+        x[torch.rand(x.shape, generator=generator) < 0.2] = torch.nan
+    data = as_dataset(x)
+    model = GaussianMixture(2).bind(data)
+    start = model.start(torch.nan_to_num(x), num_batch=2, generator=generator)
+    messages = {
+        name: block.message(block.update(start[name])) for name, block in model.blocks.items()
+    }
+    source = Source(model, data, batch_size=200, dtype=torch.float32)
+    first, second = source.sweep(messages), source.sweep(messages)
+    assert source._condensed
+    assert sum(len(g.features) for b in source._kept for g in b.groups) <= 3 * 2**columns * columns
+    assert torch.equal(first.bound, second.bound)
+    for block, values in first.statistics.items():
+        for name, value in values.items():
+            assert torch.equal(value, second.statistics[block][name])
+
+
 def test_forgotten_parentheses_are_named() -> None:
     x = torch.arange(18.0, dtype=torch.float64).reshape(9, 2)
     for model in (GaussianMixture, Mixture):

@@ -120,15 +120,16 @@ def test_closed_form_scores_held_out_rows_as_scikit_learn(name, scaled):
     train, test = split(name, scaled=scaled)
     ours = ClosedForm().run(PPCA(q), train).log_prob(test)
     wanted = torch.from_numpy(PCA(q, svd_solver="full").fit(train).score_samples(test))
-    # Raw breast cancer has a condition of 2e8 and is where theirs is off: see the next test.
-    tolerance = 1e-7 if name == "breast cancer" and not scaled else 1e-8
+    # Raw breast cancer has a condition of 2e8 and theirs is off, by 4e-8 to 4e-7 nats as the
+    # processor rounds; the next test holds ours to fifty digits.
+    tolerance = 1e-5 if name == "breast cancer" and not scaled else 1e-8
     torch.testing.assert_close(ours, wanted, rtol=0.0, atol=tolerance)
     if scaled:
         assert float(ours.mean()) == pytest.approx(figure, abs=5.1e-4)
 
 
 def test_closed_form_at_a_large_condition_number_is_that_of_fifty_digits():
-    """Ours is 3e-12 nats off, scikit-learn's 2e-8: its precision matrix is a difference."""
+    """Ours is 3e-12 nats off, scikit-learn's 2e-8 or more: its precision matrix is a difference."""
     train, test = split("breast cancer", scaled=False)
     q, (n, d) = 10, train.shape
     with mpmath.workdps(50):
