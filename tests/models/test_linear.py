@@ -129,7 +129,7 @@ def test_closed_form_scores_held_out_rows_as_scikit_learn(name, scaled):
 
 
 def test_closed_form_at_a_large_condition_number_is_that_of_fifty_digits():
-    """Ours is 3e-12 nats off, scikit-learn's 2e-8 or more: its precision matrix is a difference."""
+    """Ours is 3e-12 nats off, scikit-learn's 2e-8 or more: a difference of matrices."""
     train, test = split("breast cancer", scaled=False)
     q, (n, d) = 10, train.shape
     with mpmath.workdps(50):
