@@ -17,6 +17,7 @@ from bayesgen.inference.graph import simplify
 from bayesgen.inference.index_rules import INDICES
 from bayesgen.inference.matrix_rules import MATRICES
 from bayesgen.inference.pointwise_rules import POINTWISE
+from bayesgen.inference.record import Aliased, record
 from bayesgen.inference.shape_rules import SHAPES
 from bayesgen.inference.sum_rules import SUMS, softmax_beside
 
@@ -109,14 +110,30 @@ def _decomposed(graph: fx.GraphModule, example: Tensor) -> fx.GraphModule:
         table: Any = get_decompositions(list(unknown))
         if not table:
             break
-        with torch.no_grad():
-            from torch.fx.experimental.proxy_tensor import make_fx
-
-            graph = simplify(make_fx(graph, decomposition_table=table)(example), example)
+        try:
+            with torch.no_grad():
+                graph = simplify(record(_Written(graph, table).run, example), example)
+        except (Aliased, RuntimeError) as error:
+            raise Unsupported(f"operators that cannot be written by others: {error}") from None
     unknown = {str(n.target) for n in graph.graph.nodes if not _known(n)}
     if unknown:
         raise Unsupported(f"no rule for {', '.join(sorted(unknown))}")
     return graph
+
+
+class _Written(fx.Interpreter):
+    """Runs a graph with some operators written by others.
+
+    Under :func:`~bayesgen.inference.record.record` that makes a graph of these, without importing
+    Dynamo, which takes ``make_fx`` a second.
+    """
+
+    def __init__(self, graph: fx.GraphModule, table: dict[Any, Any]) -> None:
+        super().__init__(graph)
+        self.table = table
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return super().call_function(self.table.get(target, target), args, kwargs)
 
 
 def _is_view(node: fx.Node) -> bool:
