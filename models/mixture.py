@@ -84,17 +84,22 @@ class _Rows(dist.TorchDistribution):
         return self.family.draw(repeated, labels, generator=generator)
 
 
-def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax over components and its log normaliser; overwrites ``logits (..., K, n)``.
+def _softmax(scores: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Responsibilities of the components, and their log normaliser ``(..., n)``.
 
-    One pass of exponentials, to the base two: several times faster on a CPU than ``exp``, and
+    Everything to the base two: ``exp2`` is several times faster on a CPU than ``exp``, and
     without its penalty where float32 underflows.
+
+    Args:
+        scores: ``(..., K, n)``; overwritten, for the pass is bound by memory.
+        log_weights: ``(..., K, 1)``.
     """
+    logits = torch.add(log_weights * _LOG2_E, scores, alpha=_LOG2_E, out=scores)
     top = logits.amax(-2, keepdim=True)
-    weights = logits.sub_(top).mul_(_LOG2_E).exp2_()
-    total = weights.sum(-2, keepdim=True)
-    normaliser = (top + total.log()).squeeze(-2)
-    return weights.mul_(total.reciprocal_()), normaliser
+    shares = logits.sub_(top).exp2_()
+    total = shares.sum(-2, keepdim=True)
+    normaliser = torch.log2(total).add_(top).squeeze(-2).mul_(1.0 / _LOG2_E)
+    return shares.mul_(total.reciprocal_()), normaliser
 
 
 @dataclass(frozen=True, eq=False)
@@ -306,15 +311,15 @@ class Mixture(Model, Program, Scored, Generative, Encoder, Conditional, Symmetri
     ) -> Local:
         message = messages["components"]
         evaluation = self.family.evaluate(observed, message)
-        weights = messages["weights"]["log_weights"].unsqueeze(-1)
-        logits = evaluation.scores.add_(weights.to(evaluation.scores.dtype))
+        scores = evaluation.scores
+        log_weights = messages["weights"]["log_weights"].unsqueeze(-1).to(scores.dtype)
         latents: dict[str, Tensor]
         if generator is None:
-            responsibilities, normaliser = _softmax(logits)
+            responsibilities, normaliser = _softmax(scores, log_weights)
             latents = {"responsibilities": responsibilities}
         else:
-            labels, normaliser = rng.draw_and_normaliser(logits, generator)
-            responsibilities = torch.zeros_like(logits).scatter_(-2, labels.unsqueeze(-2), 1.0)
+            labels, normaliser = rng.draw_and_normaliser(scores.add_(log_weights), generator)
+            responsibilities = torch.zeros_like(scores).scatter_(-2, labels.unsqueeze(-2), 1.0)
             latents = {"labels": labels}
         components = self.family.statistics(
             observed, responsibilities, evaluation, message, generator=generator
@@ -323,7 +328,7 @@ class Mixture(Model, Program, Scored, Generative, Encoder, Conditional, Symmetri
             "weights": {"count": self.family.rows(components)},
             "components": components,
         }
-        return Local(statistics, normaliser.double().sum(-1), latents)
+        return Local(statistics, normaliser.sum(-1, dtype=torch.float64), latents)
 
     def inner(self, messages: Mapping[str, Tensors], statistics: Mapping[str, Tensors]) -> Tensor:
         weights = messages["weights"]["log_weights"] * statistics["weights"]["count"]

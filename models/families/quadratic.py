@@ -90,7 +90,7 @@ def _expand(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     p, n = x.shape
     whole, half = (p + 1) // 2, p // 2
     out = x.new_empty((num_features(p), n), dtype=dtype or x.dtype)
-    out[0] = 1.0
+    out[0].fill_(1.0)
     columns = out[1 : 1 + p].copy_(x)
     # Windows over the columns and their beginning again: all products in one or two calls.
     windows = torch.cat([columns, columns[:half]]).unfold(0, p, 1)[:whole].transpose(1, 2)
