@@ -60,6 +60,8 @@ class Value:
     shared: bool = False
     still: frozenset[int] = frozenset()
     is_zero: bool = False
+    known: Tensor | None = None
+    """The integers themselves, where they are constants."""
 
     @property
     def size(self) -> int:
@@ -210,6 +212,7 @@ class Emitter:
             shared=True,
             still=frozenset(k for k, step in enumerate(steps) if step == 0 and shape[k] > 1),
             is_zero=small.numel() == 1 and not bool(small.any()),
+            known=tensor if kind == "I" else None,
         )
 
     def blobs(self) -> tuple[Tensor, Tensor]:

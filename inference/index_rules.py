@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from bayesgen.inference.emit import Emitter, Index, Term, Unsupported, Value, add, mul
 from bayesgen.inference.pointwise_rules import broadcast, number_at, truth_at
 
@@ -134,8 +137,11 @@ def _index_put(
     where, start = _located(value, indices, joint)
     rest = [n for k, n in enumerate(value.shape) if k >= len(indices) or indices[k] is None]
     shape = (*rest[:start], *joint, *rest[start:])
-    read = number_at(new, shape) if value.kind == "V" else truth_at(new, shape)
     new = e.settle(new)
+    read = number_at(new, shape) if value.kind == "V" else truth_at(new, shape)
+    only = indices[0] if len(indices) == 1 else None
+    if accumulate and only is not None and only.known is not None and len(joint) == 1:
+        return _segments(e, value, only.known, read)
     sign = "+=" if accumulate else "="
 
     def write(entry: Callable[..., str], fixed: dict[int, Term]) -> list[Any]:
@@ -143,6 +149,31 @@ def _index_put(
         return lines + e.loops(shape, lambda i: [f"{entry(where(i))} {sign} {read(i)};"])
 
     return e.written(value.shape, value.kind, write)
+
+
+def _segments(e: Emitter, value: Value, known: Tensor, read: Callable[[Index], str]) -> Value:
+    """Rows added up by their index, one sum after the other.
+
+    In the order of the rows each addition would wait for the one before it to reach memory.
+    """
+    order, counts = known.argsort(stable=True), known.bincount(minlength=value.shape[0])
+    start = e.constant(torch.cat((counts.new_zeros(1), counts.cumsum(0))))
+    rows = None if bool((order.diff() == 1).all()) else e.constant(order)
+
+    def one(entry: Callable[..., str], i: Index) -> list[Any]:
+        total, row = e.name("r"), e.name("i")
+        place: Term = row if rows is None else rows.at((row,))
+        first, last = start.at((i[0],)), start.at((add(i[0], 1),))
+        return [
+            f"V {total} = {value.at(i)};",
+            f"for (long {row} = {first}; {row} < {last}; {row}++)",
+            f"{total} += {read((place, *i[1:]))};",
+            f"{entry(i)} = {total};",
+        ]
+
+    return e.written(
+        value.shape, value.kind, lambda entry, _: e.loops(value.shape, lambda i: one(entry, i))
+    )
 
 
 def _gather(e: Emitter, meta: Any, value: Value, dim: int, index: Value, **_: Any) -> Value:

@@ -150,3 +150,8 @@ INLINE void columns(V* out, const double* x, long rows, long row, long count, lo
   }
   for (; j < count; j++) out[j] = dot(x + j * column, row, y, step, rows);
 }
+
+static void density(const V* x, V* lp, V* g, V* w, const double* C, const I* J);
+extern "C" void evaluate(const V* x, V* lp, V* g, V* w, const double* C, const I* J, long blocks, long size) {
+  for (long b = 0; b < blocks; b++) density(x + b * size, lp + b, g + b * size, w, C, J);
+}

@@ -6,13 +6,9 @@ standard normal. Inside a path only the gradient is needed; the density itself a
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import itertools
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -21,11 +17,12 @@ from torch import Tensor, fx, nn
 from bayesgen.inference.cost import cost_of
 from bayesgen.inference.emit import Unsupported
 from bayesgen.inference.graph import gradient_alone
-from bayesgen.inference.native import NativeDensity, aligned, pointer, with_slope
+from bayesgen.inference.native import PATHS, with_slope
+from bayesgen.inference.paths import NativePaths, kick_of
 from bayesgen.inference.speed import native_density
 from bayesgen.inference.trace import Density
 
-__all__ = ["Leapfrog", "NativePaths", "Paths", "TorchPaths", "leapfrog", "width_of"]
+__all__ = ["Leapfrog", "Paths", "TorchPaths", "leapfrog", "width_of"]
 
 Ends = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -103,6 +100,8 @@ class Leapfrog(NamedTuple):
     overhead: float
     """Cost of a transition beside its leapfrogs, in leapfrogs."""
     seconds: float | None = None
+    move: Callable[..., tuple[Tensor, Tensor]] | None = None
+    """Whole transitions, where they are compiled: :meth:`NativePaths.move`."""
 
 
 class TorchPaths:
@@ -138,7 +137,7 @@ class TorchPaths:
         Returns:
             Position, momentum, log density and gradient at the end.
         """
-        is_dense, kick = _kick(q, factor, step_size)
+        is_dense, kick = factor.ndim == 2, kick_of(q, factor, step_size)
         if is_dense:
             shared = (kick.T.contiguous(), kick)
             blocks = [(*b, *shared) for b in self._split(q, r, g)]
@@ -153,89 +152,6 @@ class TorchPaths:
 
     def _split(self, *values: Tensor) -> Iterable[tuple[Tensor, ...]]:
         return zip(*(v.split(self.width) for v in values), strict=True)
-
-
-_POINTERS = ("q", "r", "g", "kick", "drift", "q_end", "r_end", "lp_end", "g_end")
-
-
-class _Arguments(ctypes.Structure):
-    """``struct Paths`` of paths.cpp."""
-
-    _fields_ = [
-        *((name, ctypes.c_longlong) for name in ("chains", "size", "steps", "dense")),
-        *((name, ctypes.c_void_p) for name in _POINTERS),
-    ]
-
-
-class NativePaths:
-    """Paths in generated C++, several chains in a vector register and a thread for each core.
-
-    What a chain does is the same whichever thread moves it.
-    """
-
-    def __init__(self, density: NativeDensity) -> None:
-        self.density = density
-        self.call: Any = density.library.paths
-        self.call.restype = None
-        self._rooms: list[tuple[Tensor, Tensor]] = []
-
-    def __call__(
-        self,
-        q: Tensor,
-        r: Tensor,
-        g: Tensor,
-        factor: Tensor,
-        step_size: float | Tensor,
-        steps: int,
-    ) -> Ends:
-        """As :meth:`TorchPaths.__call__`."""
-        is_dense, kick = _kick(q, factor, step_size)
-        kick = kick.contiguous()
-        drift = kick.T.contiguous() if is_dense else kick
-        q, r, g = q.contiguous(), r.contiguous(), g.contiguous()
-        ends = torch.empty_like(q), torch.empty_like(q), q.new_empty(len(q)), torch.empty_like(q)
-        arguments = _Arguments(len(q), q.shape[1], steps, int(is_dense))
-        for name, value in zip(_POINTERS, (q, r, g, kick, drift, *ends), strict=True):
-            setattr(arguments, name, value.data_ptr())
-        blocks = -(-len(q) // self.density.width)
-        count = min(torch.get_num_threads(), blocks)
-        cuts = [blocks * k // count for k in range(count + 1)]
-        jobs = [
-            (arguments, first, last, *self._room(k))
-            for k, (first, last) in enumerate(itertools.pairwise(cuts))
-        ]
-        if count == 1:
-            self._run(jobs[0])
-        else:
-            list(_pool(count).map(self._run, jobs))
-        return ends
-
-    def _room(self, index: int) -> tuple[Tensor, Tensor]:
-        density = self.density
-        while len(self._rooms) <= index:
-            room = aligned(5 * density.size * density.width)
-            space = aligned(max(1, density.translation.workspace) * density.width)
-            self._rooms.append((room, space))
-        return self._rooms[index]
-
-    def _run(self, job: tuple[Any, int, int, Tensor, Tensor]) -> None:
-        arguments, first, last, room, space = job
-        self.call(
-            ctypes.byref(arguments),
-            *(ctypes.c_long(first), ctypes.c_long(last)),
-            *(pointer(room), pointer(space)),
-            *self.density.constants[1:],
-        )
-
-
-@functools.cache
-def _pool(count: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count, thread_name_prefix="paths")
-
-
-def _kick(q: Tensor, factor: Tensor, step_size: float | Tensor) -> tuple[bool, Tensor]:
-    is_dense = factor.ndim == 2
-    return is_dense, step_size * factor if is_dense else (step_size * factor).expand_as(q)
 
 
 def width_of(num_chains: int, largest: int) -> int:
@@ -278,10 +194,13 @@ def leapfrog(
         start = time.perf_counter()
         try:
             translation = with_slope(density)
-            found, why = native_density(translation, density, num_chains, cost, num_steps, compile)
+            found, why = native_density(
+                translation, density, num_chains, cost, num_steps, compile, PATHS
+            )
             if found is not None:
                 seconds = time.perf_counter() - start
-                return Leapfrog(NativePaths(found), found, True, why, _OVERHEAD, seconds)
+                paths = NativePaths(found)
+                return Leapfrog(paths, found, True, why, _OVERHEAD, seconds, paths.move)
         except Unsupported as error:
             why = str(error)
     why = why if why.startswith("eager") else f"eager: {why}"

@@ -249,13 +249,22 @@ class ManyChains(TracedEngine[ManyState]):
         points, lp, tick = state.points, state.lp, state.tick
         first = tick - self.num_warmup
         last = min(first + _ITERATIONS_A_STEP, self.num_samples)
+        if work.leapfrog.move is not None:
+            points, lp = work.leapfrog.move(
+                *(points, lp, adaptation.factor, adaptation.pace.step_size),
+                [self._steps(adaptation, jitter(k)) for k in range(first, last)],
+                int(torch.randint(2**62, (), generator=task.generator)),
+                *(state.draws, state.sample_stats, first),
+            )
+            first = last
         for k in range(first, last):
             moved = self._transition(task, work, points, lp, adaptation, k)
             points, lp = moved.points, moved.lp
             state.draws[:, k] = points[0]
             state.sample_stats[:, k] = moved.statistics
         new = state._replace(points=points, lp=lp, tick=self.num_warmup + last)
-        return new, self._info(new, adaptation, state.sample_stats[:, first:last])
+        seen = state.sample_stats[:, tick - self.num_warmup : last]
+        return new, self._info(new, adaptation, seen)
 
     def _transition(
         self,

@@ -22,13 +22,24 @@ from bayesgen.inference.graph import gradient_alone
 from bayesgen.inference.trace import Density
 from bayesgen.inference.translate import Translation, translate
 
-__all__ = ["NativeDensity", "aligned", "compiler", "load", "translated", "with_slope"]
+__all__ = [
+    "MACHINE",
+    "PATHS",
+    "NativeDensity",
+    "aligned",
+    "compiler",
+    "load",
+    "translated",
+    "with_slope",
+]
 
 _FLAGS = (
     "-std=gnu++17 -O2 -march=native -ffp-contract=fast -fno-math-errno -fno-trapping-math "
+    "-freciprocal-math "
     "-fno-strict-aliasing -fopenmp-simd -fno-exceptions -shared -fPIC -w -x c++"
 ).split()
 MAX_STATEMENTS = 60_000
+MACHINE, PATHS = ("trajectory.cpp",), ("random.cpp", "paths.cpp")
 
 
 def compiler() -> str | None:
@@ -90,14 +101,14 @@ def _temporary() -> Path:
 
 
 @functools.lru_cache(maxsize=64)
-def _library(text: str, width: int) -> ctypes.CDLL:
-    """Compile and load; the same text is compiled once on a machine."""
+def _library(text: str, width: int, parts: tuple[str, ...]) -> ctypes.CDLL:
+    """Compile and load, with the files in ``parts``; the same text is compiled once."""
     path = compiler()
     if path is None:
         raise Unsupported("there is no C++ compiler (install g++ or clang, or set CXX)")
     vectors = _vector_library(path)
     flags = [*_FLAGS, *vectors, f"-DW={width}"]
-    source = "".join((_source("lanes.cpp"), text, _source("trajectory.cpp"), _source("paths.cpp")))
+    source = "".join((_source("lanes.cpp"), text, *map(_source, parts)))
     key = hashlib.sha256(
         "\0".join((source, path, *flags, _machine(), *platform.libc_ver())).encode()
     ).hexdigest()[:40]
@@ -146,11 +157,14 @@ class NativeDensity:
         translation: What was compiled, with its constants.
         width: Chains in one vector register.
         size: Length of the parameter vector.
+        parts: Files of C++ that use the density, compiled with it.
     """
 
-    def __init__(self, translation: Translation, width: int, size: int) -> None:
+    def __init__(
+        self, translation: Translation, width: int, size: int, parts: tuple[str, ...] = ()
+    ) -> None:
         self.translation, self.width, self.size = translation, width, size
-        self.library: Any = _library(translation.text, width)
+        self.library: Any = _library(translation.text, width, parts)
         self.workspace = aligned(max(1, translation.workspace) * width)
         self.constants = (
             pointer(self.workspace),
@@ -223,14 +237,16 @@ def with_slope(density: Density) -> Translation:
     )
 
 
-def load(translation: Translation, num_chains: int, size: int) -> NativeDensity:
+def load(translation: Translation, num_chains: int, size: int, *parts: str) -> NativeDensity:
     """Compile a translated density of ``size`` parameters for a number of chains.
+
+    ``parts`` are the files that move chains with it: ``MACHINE`` or ``PATHS``.
 
     Raises:
         Unsupported: The compiler failed.
     """
     width = 8 if num_chains > 4 and _has_wide_registers() else 4
-    return NativeDensity(translation, width, size)
+    return NativeDensity(translation, width, size, parts)
 
 
 def _has_wide_registers() -> bool:

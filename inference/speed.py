@@ -17,7 +17,7 @@ from bayesgen.inference.cost import Cost, cost_of
 from bayesgen.inference.emit import Unsupported
 from bayesgen.inference.graph import capture, compile_graph, simplify
 from bayesgen.inference.machines import Machine, NativeMachine, TorchMachine
-from bayesgen.inference.native import NativeDensity, compiler, load, translated
+from bayesgen.inference.native import MACHINE, NativeDensity, compiler, load, translated
 from bayesgen.inference.trace import Density
 from bayesgen.inference.trajectory import Metric, launch, machine
 from bayesgen.inference.translate import Translation
@@ -95,7 +95,7 @@ def _native(
     start = time.perf_counter()
     try:
         found, why = native_density(
-            translated(density), density, num_chains, cost, num_steps, compile
+            translated(density), density, num_chains, cost, num_steps, compile, MACHINE
         )
     except Unsupported as error:
         return str(error)
@@ -112,8 +112,9 @@ def native_density(
     cost: Cost,
     num_steps: int,
     compile: str | bool,
+    parts: tuple[str, ...],
 ) -> tuple[NativeDensity | None, str]:
-    """The density in generated C++, where it pays, and why.
+    """The density in generated C++ with ``parts`` that use it, where it pays, and why.
 
     Raises:
         Unsupported: The compiler failed.
@@ -126,7 +127,7 @@ def native_density(
     )
     if compile == "auto" and build + native > eager:
         return None, f"eager: {why}"
-    return load(translation, num_chains, density.num_params), f"compiled to C++: {why}"
+    return load(translation, num_chains, density.num_params, *parts), f"compiled to C++: {why}"
 
 
 def _inductor(density: Density, table: Tensor, num_chains: int, max_depth: int, why: str) -> Speed:

@@ -1,10 +1,6 @@
 // The state machine of bayesgen.inference.trajectory on plain memory, chains moved together only
 // for their gradients. Layouts are those of the tensors there. Kept beside `advance`, to which it is
 // equal up to rounding; tests/inference/test_native.py holds the two together.
-extern "C" void evaluate(const V* x, V* lp, V* g, V* w, const double* C, const I* J, long blocks, long size) {
-  for (long b = 0; b < blocks; b++) density(x + b * size, lp + b, g + b * size, w, C, J);
-}
-
 enum { STEP, DEPTH, LEAF, SIDE, LOG_TREE, LOG_SUB, START, ACCEPT, STEPS, WORST, LP_TREE, ENERGY_TREE,
        LP_SUB, ENERGY_SUB, NUMBERS };
 enum { Q, P, G, VELOCITY, KINDS };

@@ -158,7 +158,7 @@ class _Translator:
             if node.op == "placeholder":
                 self.made[node] = _argument(size)
             elif node.op == "get_attr":
-                self.made[node] = self.emitter.constant(self.values[node])
+                self.made[node] = self.emitter.constant(self._shortened(node))
             elif node.op == "call_function":
                 self.made[node] = self._call(node)
             elif node.op == "output":
@@ -177,6 +177,14 @@ class _Translator:
             f"{body}\n}}\n"
         )
         return Translation(text, numbers, integers, workspace, body.count("\n"))
+
+    def _shortened(self, node: fx.Node) -> Tensor:
+        """A constant; one that folding has filled with one number, as that number."""
+        held: Tensor = self.values[node]
+        if not str(node.target).startswith("_folded") or held.numel() < 2:
+            return held
+        first = held.flatten()[0]
+        return first.expand(held.shape) if bool((held == first).all()) else held
 
     def _call(self, node: fx.Node) -> Any:
         if node.target is operator.getitem:

@@ -10,10 +10,11 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from scipy import stats
 
 from bayesgen import rng
 from bayesgen.arviz_groups import import_arviz
-from bayesgen.inference import ManyChains, many_chains
+from bayesgen.inference import ManyChains, many_chains, paths
 from bayesgen.inference.cross_chain import (
     Differences,
     Schedule,
@@ -29,6 +30,7 @@ from bayesgen.inference.trace import trace
 __all__: list[str] = []
 
 X = torch.tensor([1.0, 3.0, 2.5, 0.5], dtype=torch.float64)
+CORRELATED = 0.999 + 0.001 * torch.eye(8, dtype=torch.float64)
 SMALL = {"num_chains": 16, "num_superchains": 4, "num_samples": 25, "num_warmup": 30}
 
 
@@ -78,7 +80,8 @@ def test_a_conjugate_posterior_and_a_narrower_one(fit):
 
 def test_a_wrong_acceptance_rule_is_caught(monkeypatch):
     """Accepting every path keeps the error of large steps."""
-    engine = ManyChains(num_chains=64, num_samples=60, num_warmup=60, target_accept=0.6)
+    settings = {"num_chains": 64, "num_samples": 60, "num_warmup": 60, "target_accept": 0.6}
+    engine = ManyChains(**settings, compile=False)
     assert max(z_scores(engine.run(conjugate, X).draws["loc"], MEAN, SD)) < 4
     monkeypatch.setattr(many_chains, "_metropolis", lambda delta, _: delta > -torch.inf)
     assert max(z_scores(engine.run(conjugate, X).draws["loc"], MEAN, SD)) > 4
@@ -180,11 +183,12 @@ def test_pyros_own_python_draws_the_same():
     assert not slow.attrs["is_traced"]
 
 
-def test_the_compiled_gradient_is_the_eager_one():
+def test_the_compiled_warm_up_is_the_eager_one():
     compiled = ManyChains(**SMALL, compile=True).run(conjugate, X, seed=3)
     eager = ManyChains(**SMALL, compile=False).run(conjugate, X, seed=3)
     assert compiled.attrs["is_compiled"], compiled.attrs["speed"]
-    torch.testing.assert_close(compiled.draws["loc"][:, :3], eager.draws["loc"][:, :3])
+    assert compiled.attrs["step_size"] == pytest.approx(eager.attrs["step_size"], rel=1e-6)
+    assert compiled.attrs["metric"] == pytest.approx(eager.attrs["metric"], rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -249,6 +253,68 @@ def test_a_dense_metric_is_used_the_right_way_round():
         assert float((energy - start).abs().max()) < 0.3 * float(lp.abs().max())
     for one, other in zip(*ends, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("is_dense", [False, True])
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_compiled_transitions_are_those_of_tensors(is_dense, num_threads, monkeypatch):
+    """The same random numbers through :meth:`ManyChains._transition`'s rule, step by step."""
+    monkeypatch.setattr(paths, "_WORTH_A_THREAD", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
+    density = trace(collinear()[0], generator=rng.make_generator(0))
+    compiled = leapfrog(density, 19, compile=True, num_steps=1)
+    assert compiled.move is not None, compiled.reason
+    scale = collinear()[2]
+    factor = 0.5 * (scale[:, None] * torch.linalg.cholesky(CORRELATED) if is_dense else scale)
+    step = 1.2 if is_dense else 0.05
+    q = 3.0 * scale + 0.1 * scale * rng.standard_normal((19, 1), rng.make_generator(1))
+    lp, g = density.value_and_grad(q)
+    draws, statistics = torch.zeros(19, 4, 8).double(), torch.zeros(19, 4, 6).double()
+    points = torch.stack((q, g))
+    ends, end_lp = compiled.move(points, lp, factor, step, [3, 1, 2], 12345, draws, statistics, 1)
+    width = compiled.integrate.density.width
+    tapes = [compiled.integrate.noise(12345, first, 3) for first in range(0, 19, width)]
+    numbers = torch.cat(tapes, -1)[..., :19].transpose(1, 2)
+    eager, taken = leapfrog(density, 19, compile=False, num_steps=1), []
+    for k, steps in enumerate([3, 1, 2]):
+        normal, log_uniform = numbers[k, :, :-1], numbers[k, :, -1]
+        new, r, new_lp, new_g = eager.integrate(q, normal, g, factor, step, steps)
+        start, end = 0.5 * normal.square().sum(-1) - lp, 0.5 * r.square().sum(-1) - new_lp
+        accepted = log_uniform < start - end
+        taken.append(accepted)
+        q, g = (torch.where(accepted[:, None], a, b) for a, b in ((new, q), (new_g, g)))
+        lp = torch.where(accepted, new_lp, lp)
+        torch.testing.assert_close(draws[:, k + 1], q, rtol=1e-6, atol=1e-9)
+        wanted = [lp, torch.where(accepted, end, start), (start - end).clamp(max=0.0).exp()]
+        wanted += [torch.full_like(lp, v) for v in (steps, 0.0, step)]
+        torch.testing.assert_close(
+            statistics[:, k + 1], torch.stack(wanted, -1), rtol=1e-5, atol=1e-6
+        )
+    assert 0.1 < float(torch.stack(taken).double().mean()) < 0.99
+    torch.testing.assert_close(ends[0], q, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(end_lp, lp, rtol=1e-6, atol=1e-6)
+    assert not draws[:, 0].any()
+
+
+def test_random_numbers_of_the_compiled_paths():
+    """Normal, uniform, not correlated, and the same of a chain in any company."""
+    density = trace(lambda: conjugate(X), generator=rng.make_generator(0))
+    many = leapfrog(density, 64, compile=True, num_steps=1).integrate
+    few = leapfrog(density, 4, compile=True, num_steps=1).integrate
+    one, other, third = many.noise(7, 0, 4000), few.noise(7, 4, 4000), many.noise(8, 0, 4000)
+    torch.testing.assert_close(one[..., 4 % many.density.width], other[..., 0])
+    both = [torch.cat((v[:, 0], v[:, 1].exp()), -1).numpy() for v in (one, third)]
+    width = many.density.width
+    for value in both:
+        normal, uniform = value[:, :width], value[:, width:]
+        assert stats.kstest(normal.ravel(), "norm").pvalue > 1e-3
+        assert stats.kstest(uniform.ravel(), "uniform").pvalue > 1e-3
+        assert stats.kstest(1.02 * normal.ravel(), "norm").pvalue < 0.1
+    whole = np.concatenate(both, 1)
+    off = np.corrcoef(whole.T) - np.eye(whole.shape[1])
+    lagged = [np.corrcoef(v[1:], v[:-1])[0, 1] for v in whole.T]
+    assert np.abs(off).max() < 4.5 / 4000**0.5
+    assert np.abs(lagged).max() < 4.5 / 4000**0.5
 
 
 def test_blocks_of_chains():

@@ -10,7 +10,7 @@ import torch
 from bayesgen import rng
 from bayesgen.inference.emit import Unsupported
 from bayesgen.inference.machines import NativeMachine
-from bayesgen.inference.native import compiler, load, translated
+from bayesgen.inference.native import MACHINE, compiler, load, translated
 from bayesgen.inference.trace import trace
 from bayesgen.inference.trajectory import Metric, Trajectories, launch, machine, tables
 from tests.inference.test_trace import LATENTS, enumerated_mixture, program_of_several
@@ -32,7 +32,7 @@ def traced(program):
 
 def check_equal(program, num_chains=5, scale=1.4):
     density = traced(program)
-    native = load(translated(density), num_chains, density.num_params)
+    native = load(translated(density), num_chains, density.num_params, *MACHINE)
     points = scale * density._points(num_chains)
     for found, wanted in zip(native(points), density.value_and_grad(points), strict=True):
         assert bool(wanted.isfinite().all())
