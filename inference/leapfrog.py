@@ -199,8 +199,8 @@ def leapfrog(
             )
             if found is not None:
                 seconds = time.perf_counter() - start
-                paths = NativePaths(found)
-                return Leapfrog(paths, found, True, why, _OVERHEAD, seconds, paths.move)
+                native = NativePaths(found)
+                return Leapfrog(native, found, True, why, _OVERHEAD, seconds, native.move)
         except Unsupported as error:
             why = str(error)
     why = why if why.startswith("eager") else f"eager: {why}"
