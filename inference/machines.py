@@ -118,7 +118,7 @@ class NativeMachine(Machine):
         blocks = -(-num_chains // density.width)
         d = density.size
         self._lanes = aligned(blocks * density.width * (2 * d + 1))
-        self._scratch = aligned(64 + d)
+        self._scratch = aligned(2 * d)
         self._records = torch.zeros(0)
         self._held: dict[str, Tensor] = {}
         self._now: tuple[object, ...] = ()
@@ -173,7 +173,7 @@ class NativeMachine(Machine):
             **chains._asdict(),
             "mass": metric.inverse_mass,
             "root": metric.inverse_mass.sqrt(),
-            "basis": metric.basis,
+            "basis": metric.basis.T.contiguous(),
             "stretch": metric.stretch,
             "normal": noise["normal"],
             "uniform": noise["uniform"],

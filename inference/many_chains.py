@@ -18,17 +18,27 @@ from bayesgen.inference.cross_chain import (
     Differences,
     Pace,
     Schedule,
-    best_length,
     correlations,
-    factor_of,
     group_acceptance,
     jitter,
     typical,
 )
-from bayesgen.inference.leapfrog import Leapfrog, leapfrog
+from bayesgen.inference.leapfrog import leapfrog
+from bayesgen.inference.many_warmup import (
+    SETTLING,
+    Adaptation,
+    ManyState,
+    Work,
+    adaptation_of,
+    end_window,
+    first_pace,
+    new_length,
+    packed_of,
+    take_moves,
+)
 from bayesgen.inference.run import Info, Task
 from bayesgen.inference.start import starting_points
-from bayesgen.inference.trace import Density
+from bayesgen.inference.threads import in_one_thread
 from bayesgen.inference.traced import TracedEngine, live_r_hat
 
 __all__ = ["ManyChains"]
@@ -36,57 +46,11 @@ __all__ = ["ManyChains"]
 _ITERATIONS_A_STEP = 10
 _SHOWN = 1000  # entries of the metric kept in the attributes
 _DIVERGENCE = 1000.0
-_DOUBLINGS = 30
 _FAR, _CLIP = 8.0, 3.0  # deviations at which a chain, a value no longer counts in a scan
 _FIRST_LENGTH = 1.5  # in standard deviations, were the first metric right
 _EARLY_STEPS = (8, 16, 64)  # paths of the settling windows; longest of the next
-_SETTLING = (0, 1)  # windows in which each chain has a step size of its own
 _SLOWEST = 8  # times as many leapfrogs, at most, for chains with a smaller step size
-_SEND_HOME = (1, 2, 3, 4)  # windows after which chains that are stuck are restarted
-_LATE = 3  # window after which those that still need a smaller step size are, too
 _STATISTICS = ("lp", "energy", "acceptance_rate", "n_steps", "diverging", "step_size")
-
-
-class ManyState(NamedTuple):
-    """State of all chains. The buffers of recorded draws are filled in place."""
-
-    points: Tensor
-    """``(2, c, D)``: positions and gradients."""
-    lp: Tensor
-    """``(c,)``."""
-    adaptation: dict[str, Any]
-    draws: Tensor
-    """Unconstrained, ``(chains, num_samples, D)``."""
-    sample_stats: Tensor
-    """``(chains, num_samples, len(_STATISTICS))``."""
-    tick: int
-    warmup_divergences: int
-    num_restarted: int
-
-
-class Adaptation(NamedTuple):
-    """Everything that warm-up learns."""
-
-    factor: Tensor
-    """Of the metric: ``(D,)`` or ``(D, D)``."""
-    pace: Pace
-    own: Tensor
-    """``(c,)`` logarithms of the chains' own step sizes while they settle; afterwards, in warm-up,
-    of their share of the common one."""
-    length: float
-    """Mean time of a trajectory; its number of steps is this over the step size."""
-    moves: Differences
-    snapshot: Tensor
-    """``(2, c, D)`` at the last taking of differences."""
-    curves: Tensor
-    """``(K + 1, F)``: sums of a scan, the last row what they are divided by."""
-
-
-class Work(NamedTuple):
-    """What a run rebuilds on resume."""
-
-    density: Density
-    leapfrog: Leapfrog
 
 
 class _Moved(NamedTuple):
@@ -201,6 +165,7 @@ class ManyChains(TracedEngine[ManyState]):
             leapfrog(density, self.num_chains, compile=self.compile, num_steps=expected),
         )
 
+    @in_one_thread
     def init(self, task: Task, work: Work) -> ManyState:
         model = task.model if isinstance(task.model, Conjugate) else None
         starts = starting_points(
@@ -229,7 +194,7 @@ class ManyChains(TracedEngine[ManyState]):
         return ManyState(
             points,
             lp,
-            _packed(adaptation),
+            packed_of(adaptation),
             points.new_zeros((*shape, points.shape[-1])),
             points.new_zeros((*shape, len(_STATISTICS))),
             0,
@@ -238,6 +203,7 @@ class ManyChains(TracedEngine[ManyState]):
         )
 
     # ------------------------------------------------------------ steps
+    @in_one_thread
     def step(self, task: Task, work: Work, state: ManyState) -> tuple[ManyState, Info]:
         with torch.no_grad():
             if state.tick < self.num_warmup:
@@ -245,7 +211,7 @@ class ManyChains(TracedEngine[ManyState]):
             return self._sampling(task, work, state)
 
     def _sampling(self, task: Task, work: Work, state: ManyState) -> tuple[ManyState, Info]:
-        adaptation = _unpacked(state.adaptation)
+        adaptation = adaptation_of(state.adaptation)
         points, lp, tick = state.points, state.lp, state.tick
         first = tick - self.num_warmup
         last = min(first + _ITERATIONS_A_STEP, self.num_samples)
@@ -362,7 +328,7 @@ class ManyChains(TracedEngine[ManyState]):
     def _warmup(self, task: Task, work: Work, state: ManyState) -> tuple[ManyState, Info]:
         schedule = Schedule.of(self.num_warmup)
         last = min(state.tick + _ITERATIONS_A_STEP, self.num_warmup)
-        adaptation, seen = _unpacked(state.adaptation), []
+        adaptation, seen = adaptation_of(state.adaptation), []
         for tick in range(state.tick, last):
             state, adaptation, statistics = self._adapt(
                 task, work, state, adaptation, schedule, tick
@@ -371,7 +337,7 @@ class ManyChains(TracedEngine[ManyState]):
         divergences = int(torch.stack(seen)[..., _STATISTICS.index("diverging")].sum())
         state = state._replace(
             tick=last,
-            adaptation=_packed(adaptation),
+            adaptation=packed_of(adaptation),
             warmup_divergences=state.warmup_divergences + divergences,
         )
         return state, self._info(state, adaptation, torch.stack(seen, 1))
@@ -387,10 +353,10 @@ class ManyChains(TracedEngine[ManyState]):
     ) -> tuple[ManyState, Adaptation, Tensor]:
         """One transition of warm-up, and what is learned from it."""
         window = schedule.window(tick)
-        settling = window in _SETTLING
+        settling = window in SETTLING
         if tick == schedule.start(window) and settling:
-            adaptation = self._first_pace(task, work, state, adaptation)
-        if tick == schedule.start(len(_SETTLING)):
+            adaptation = first_pace(task, work, state, adaptation)
+        if tick == schedule.start(len(SETTLING)):
             adaptation = adaptation._replace(own=torch.zeros_like(adaptation.own))
         scan = schedule.is_scan(tick)
         if scan and not len(adaptation.curves):
@@ -420,90 +386,14 @@ class ManyChains(TracedEngine[ManyState]):
             adaptation = adaptation._replace(pace=pace, own=own)
         state = state._replace(points=moved.points, lp=moved.lp)
         if schedule.is_middle(tick + 1) or tick + 1 in schedule.ends:
-            adaptation = self._take(state, adaptation)
+            adaptation = take_moves(state, adaptation)
         if tick + 1 == schedule.scan_end(window):
-            adaptation = self._new_length(work, adaptation)
+            adaptation = new_length(work, adaptation)
         if tick + 1 == schedule.ends[window]:
-            state, adaptation = self._end_window(task, state, adaptation, window, schedule)
+            state, adaptation = end_window(
+                task, state, adaptation, window, schedule, self.num_superchains
+            )
         return state, adaptation, moved.statistics
-
-    def _first_pace(
-        self, task: Task, work: Work, state: ManyState, adaptation: Adaptation
-    ) -> Adaptation:
-        """Every chain doubles or halves until a leapfrog step is accepted with probability 0.8."""
-        own = adaptation.own.clone()
-        turned, direction = torch.zeros_like(own, dtype=torch.bool), torch.zeros_like(own)
-        normal = rng.standard_normal(state.points.shape[1:], task.generator, state.lp.dtype)
-        energy = 0.5 * normal.square().sum(-1) - state.lp
-        for _ in range(_DOUBLINGS):
-            _, r, lp, _ = work.leapfrog.integrate(
-                *(state.points[0], normal, state.points[1]),
-                *(adaptation.factor, own.exp().unsqueeze(-1), 1),
-            )
-            delta = torch.nan_to_num(energy - 0.5 * r.square().sum(-1) + lp, nan=-torch.inf)
-            turn = torch.where(delta.clamp(max=0.0).exp() > 0.8, 1.0, -1.0).to(own.dtype)
-            turned |= direction == -turn
-            direction = turn
-            own = torch.where(turned, own, own + turn * math.log(2.0))
-            if bool(turned.all()):
-                break
-        return adaptation._replace(own=own)
-
-    @staticmethod
-    def _take(state: ManyState, adaptation: Adaptation) -> Adaptation:
-        moves = (state.points - adaptation.snapshot)[:, typical(state.lp)]
-        return adaptation._replace(
-            moves=adaptation.moves.add(moves[0], moves[1]), snapshot=state.points
-        )
-
-    def _new_length(self, work: Work, adaptation: Adaptation) -> Adaptation:
-        if not len(adaptation.curves):
-            return adaptation._replace(pace=adaptation.pace.forget())
-        squares = adaptation.curves[-1].clamp(min=1e-30)
-        steps = best_length(adaptation.curves[:-1] / squares, work.leapfrog.overhead)
-        return adaptation._replace(
-            length=steps * adaptation.pace.step_size,
-            curves=adaptation.curves[:0],
-            pace=adaptation.pace.forget(),
-        )
-
-    def _end_window(
-        self,
-        task: Task,
-        state: ManyState,
-        adaptation: Adaptation,
-        window: int,
-        schedule: Schedule,
-    ) -> tuple[ManyState, Adaptation]:
-        if window == len(schedule.ends) - 1:
-            return state, adaptation._replace(pace=adaptation.pace.settled)
-        if adaptation.moves.weight >= 10:
-            adaptation = adaptation._replace(
-                factor=factor_of(adaptation.moves, dense=window + 1 not in _SETTLING),
-                moves=adaptation.moves.faded(0.2),
-            )
-        if window in _SEND_HOME:
-            fine = typical(state.lp)
-            if window >= _LATE:
-                fine &= adaptation.own >= 0
-            state = self._restart_stuck(task, state, fine)
-            adaptation = adaptation._replace(own=torch.where(fine, adaptation.own, 0.0))
-        return state, adaptation._replace(pace=adaptation.pace.restart(), snapshot=state.points)
-
-    def _restart_stuck(self, task: Task, state: ManyState, fine: Tensor) -> ManyState:
-        """Chains that are lost go on from one that is fine, of their own group if they can."""
-        lost = (~fine).nonzero().flatten().tolist()
-        if not lost or len(lost) > self.num_chains // 2:
-            return state
-        each, place = self.num_chains // self.num_superchains, torch.arange(self.num_chains)
-        points, lp = state.points.clone(), state.lp.clone()
-        for chain in lost:
-            own = fine.cpu() & (place // each == chain // each)
-            donors = (own if bool(own.any()) else fine.cpu()).nonzero().flatten()
-            pick = torch.randint(len(donors), (), generator=task.generator, device=task.device)
-            points[:, chain] = state.points[:, donors[int(pick)]]
-            lp[chain] = state.lp[donors[int(pick)]]
-        return state._replace(points=points, lp=lp, num_restarted=state.num_restarted + len(lost))
 
     # ------------------------------------------------------------ the end
     def _info(self, state: ManyState, adaptation: Adaptation, statistics: Tensor) -> Info:
@@ -523,6 +413,7 @@ class ManyChains(TracedEngine[ManyState]):
             state.tick >= self.num_warmup + self.num_samples,
         )
 
+    @in_one_thread
     def finish(self, task: Task, work: Work, state: ManyState) -> dict[str, Any]:
         count = state.tick - self.num_warmup
         if count <= 0:
@@ -533,7 +424,7 @@ class ManyChains(TracedEngine[ManyState]):
         statistics = dict(zip(_STATISTICS, state.sample_stats[:, :count].unbind(-1), strict=True))
         statistics["diverging"] = statistics["diverging"] > 0.5
         statistics["n_steps"] = statistics["n_steps"].long()
-        adaptation = _unpacked(state.adaptation)
+        adaptation = adaptation_of(state.adaptation)
         return {
             "draws": self.sites_of(task, work.density, state.draws[:, :count]),
             "sample_stats": statistics,
@@ -581,14 +472,3 @@ class ManyChains(TracedEngine[ManyState]):
 def _metropolis(delta: Tensor, log_uniform: Tensor) -> Tensor:
     """Whether to accept, for energies that fell by ``delta``."""
     return log_uniform < delta
-
-
-def _packed(adaptation: Adaptation) -> dict[str, Any]:
-    """As nested dicts, which a checkpoint can hold."""
-    packed = adaptation._asdict()
-    return packed | {name: packed[name]._asdict() for name in ("pace", "moves")}
-
-
-def _unpacked(packed: Mapping[str, Any]) -> Adaptation:
-    nested = {"pace": Pace(**packed["pace"]), "moves": Differences(**packed["moves"])}
-    return Adaptation(**{**packed, **nested})

@@ -20,9 +20,11 @@ from bayesgen.inference.adaptation import (
     start_adaptation,
 )
 from bayesgen.inference.checks import check_settings
+from bayesgen.inference.machines import NativeMachine
 from bayesgen.inference.run import Info, Task
 from bayesgen.inference.speed import Speed, choose
 from bayesgen.inference.start import starting_points
+from bayesgen.inference.threads import in_one_thread
 from bayesgen.inference.trace import Density
 from bayesgen.inference.traced import TracedEngine, live_r_hat
 from bayesgen.inference.trajectory import (
@@ -66,6 +68,11 @@ class Work(NamedTuple):
 
     density: Density
     speed: Speed
+
+    @property
+    def is_small(self) -> bool:
+        """Whether torch's own operations are few and small: C++ does the rest."""
+        return isinstance(self.speed.machine, NativeMachine)
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,6 +190,7 @@ class NUTS(TracedEngine[NutsState]):
         )
         return Work(density, speed)
 
+    @in_one_thread
     def init(self, task: Task, work: Work) -> NutsState:
         model = task.model if isinstance(task.model, Conjugate) else None
         points, lp, gradient = starting_points(
@@ -233,6 +241,7 @@ class NUTS(TracedEngine[NutsState]):
         )
 
     # ------------------------------------------------------------ steps
+    @in_one_thread
     def step(self, task: Task, work: Work, state: NutsState) -> tuple[NutsState, Info]:
         with torch.no_grad():
             if state.tick < self.num_warmup:
@@ -331,6 +340,7 @@ class NUTS(TracedEngine[NutsState]):
         )
 
     # ------------------------------------------------------------ the end
+    @in_one_thread
     def finish(self, task: Task, work: Work, state: NutsState) -> dict[str, Any]:
         count = int(state.counts.min())
         if count == 0:

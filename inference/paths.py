@@ -54,6 +54,7 @@ class NativePaths:
 
     def __init__(self, density: NativeDensity) -> None:
         self.density = density
+        self.num_threads = torch.get_num_threads()
         self._rooms: list[tuple[Tensor, Tensor]] = []
 
     def __call__(
@@ -127,7 +128,7 @@ class NativePaths:
         """All blocks, in as many threads as there is work for."""
         blocks = -(-arguments.chains // self.density.width)
         work = arguments.chains * steps * (arguments.size + self.density.translation.statements)
-        count = min(torch.get_num_threads(), blocks, max(1, work // _WORTH_A_THREAD))
+        count = min(self.num_threads, blocks, max(1, work // _WORTH_A_THREAD))
         cuts = [blocks * k // count for k in range(count + 1)]
 
         def run(job: tuple[int, int, Tensor, Tensor]) -> None:

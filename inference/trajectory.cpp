@@ -23,11 +23,13 @@ struct Block {
   V *x, *g, *lp, *w;
   const double* C;
   const I* J;
-  double* scratch;  // rank numbers
+  double* scratch;  // 2 * size numbers
   double step_size, max_depth;
 };
 
 #define EACH(k, n) _Pragma("omp simd") for (long k = 0; k < (n); k++)
+
+static void copy(double* to, const double* from, long n) { EACH(k, n) to[k] = from[k]; }
 
 static double inner(const double* a, const double* b, long n) {
   double s = 0.0;
@@ -36,27 +38,35 @@ static double inner(const double* a, const double* b, long n) {
   return s;
 }
 
+// to += basis (stretch * basis^T from); rows of m.basis are the directions
+static void along(double* to, const double* from, const Metric& m, const double* stretch) {
+  const long n = m.size;
+  for (long j = 0; j < m.rank; j++) {
+    const double* b = m.basis + j * n;
+    const double part = stretch[j] * inner(b, from, n);
+    EACH(k, n) to[k] += part * b[k];
+  }
+}
+
 // out = M^-1 p
 static void velocity(double* out, const double* p, const Metric& m, double* scratch) {
-  const long n = m.size, r = m.rank;
-  EACH(k, n) out[k] = m.mass[k] * p[k];
-  if (!r) return;
-  for (long j = 0; j < r; j++) scratch[j] = 0.0;
-  for (long k = 0; k < n; k++) {
-    const double x = m.root[k] * p[k];
-    EACH(j, r) scratch[j] += m.basis[k * r + j] * x;
+  const long n = m.size;
+  if (!m.rank) {
+    EACH(k, n) out[k] = m.mass[k] * p[k];
+    return;
   }
-  EACH(j, r) scratch[j] *= m.stretch[j];
-  for (long k = 0; k < n; k++) out[k] += m.root[k] * inner(m.basis + k * r, scratch, r);
+  double* sum = scratch + n;
+  EACH(k, n) sum[k] = scratch[k] = m.root[k] * p[k];
+  along(sum, scratch, m, m.stretch);
+  EACH(k, n) out[k] = m.root[k] * sum[k];
 }
 
 // out = M^(1/2) z
-static void momentum(double* out, const double* z, const Metric& m, double* scratch) {
-  const long n = m.size, r = m.rank;
-  for (long j = 0; j < r; j++) scratch[j] = 0.0;
-  for (long k = 0; k < n; k++) EACH(j, r) scratch[j] += m.basis[k * r + j] * z[k];
-  EACH(j, r) scratch[j] *= m.stretch[r + j];
-  for (long k = 0; k < n; k++) out[k] = (z[k] + (r ? inner(m.basis + k * r, scratch, r) : 0.0)) / m.root[k];
+static void momentum(double* out, const double* z, const Metric& m) {
+  const long n = m.size;
+  copy(out, z, n);
+  along(out, z, m, m.stretch + m.rank);
+  EACH(k, n) out[k] /= m.root[k];
 }
 
 static double log_add(double a, double b) {
@@ -76,8 +86,6 @@ static bool turning(const double* left, const double* right, const double* sum, 
   }
   return a <= 0.0 || b <= 0.0;
 }
-
-static void copy(double* to, const double* from, long n) { EACH(k, n) to[k] = from[k]; }
 
 // After the gradient: what becomes of chain i. Returns whether its trajectory ended.
 static bool settle(Block& s, const Metric& m, long i, double lp, const double* u) {
@@ -181,7 +189,7 @@ static void restart(Block& s, const Metric& m, long i) {
   const double* z = s.normal + (s.used[i]++ * s.chains + i) * n;
   copy(left + Q * n, tree, n);
   copy(left + G * n, tree + n, n);
-  momentum(left + P * n, z, m, s.scratch);
+  momentum(left + P * n, z, m);
   velocity(left + VELOCITY * n, left + P * n, m, s.scratch);
   copy(right, left, KINDS * n);
   copy(s.sums + i * 2 * n, left + P * n, n);
