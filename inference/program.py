@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bayesgen.alignment import aligned
 from bayesgen.capabilities import Model, Pointwise, Simulated, Tensors
 from bayesgen.inference.trace import Density
 from bayesgen.prior_replacement import Reprior
@@ -97,7 +98,7 @@ def arguments(
         if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
             value = torch.as_tensor(value)
         if isinstance(value, Tensor):
-            return value.to(device, dtype if value.is_floating_point() else None)
+            return aligned(value.to(device, dtype if value.is_floating_point() else None))
         if isinstance(value, Mapping):
             return {k: move(v) for k, v in value.items()}
         return value

@@ -76,7 +76,7 @@ class _Recorder(TorchDispatchMode):
         result = func(*args, **kwargs)
         operands, options = tree_unflatten(nodes, spec)
         if before is not None:
-            self.known[target] = self._functional(name, before, operands, options)
+            self.known[target] = self._functional(func, before, operands, options)
             return result
         node = self.graph.call_function(func, operands, options)
         self._bind(result, node)
@@ -86,10 +86,12 @@ class _Recorder(TorchDispatchMode):
         return result
 
     def _functional(
-        self, name: str, before: fx.Node, operands: tuple[Any, ...], options: dict[str, Any]
+        self, func: Any, before: fx.Node, operands: tuple[Any, ...], options: dict[str, Any]
     ) -> fx.Node:
-        packet = getattr(torch.ops.aten, name[:-1])
-        return self.graph.call_function(packet, (before, *operands[1:]), options)
+        packet = getattr(torch.ops.aten, func.overloadpacket.__name__[:-1])
+        # The overload itself, which rules know; a few have another name.
+        function = getattr(packet, func._overloadname, packet)
+        return self.graph.call_function(function, (before, *operands[1:]), options)
 
     def _is_own(self, func: Any, name: str, args: tuple[Any, ...]) -> bool:
         """Whether an operation writes into its first argument alone, which nothing looks into."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bayesgen import rng
+from bayesgen.alignment import settled
 from bayesgen.capabilities import require
 from bayesgen.data import Dataset, as_dataset
 from bayesgen.inference.checks import check_called
@@ -255,12 +256,13 @@ class _Loop:
         state = self._load()
         before -= self.seconds
         if state is None:
-            state = self.engine.init(self.task, self.work)
+            state = settled(self.engine.init(self.task, self.work))
         self.generator_state = rng.get_state(self.task.generator)
         saved = time.perf_counter()
         try:
             while self.step < self.engine.max_steps and not self.done:
                 state, info = self.engine.step(self.task, self.work, state)
+                state = settled(state)
                 self.step += 1
                 # A step that Ctrl-C cuts short has already drawn numbers: resume from before it.
                 self.generator_state = rng.get_state(self.task.generator)
@@ -333,7 +335,7 @@ class _Loop:
         self.step, self.seconds = nested["step"], nested["seconds"]
         self.done = nested["done"]
         self.history = {k: list(v) for k, v in nested["history"].items()}
-        return self.engine.state_type(**_to(nested["state"], self.task.device))
+        return self.engine.state_type(**settled(_to(nested["state"], self.task.device)))
 
 
 _MAY_CHANGE = ("max_steps", "num_steps")

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bayesgen.alignment import aligned
 from bayesgen.schema import Schema
 from bayesgen.tables.encode import encode
 from bayesgen.tables.raw import RawTable
@@ -78,7 +79,7 @@ class MemoryRows(Rows):
     """Rows held as one tensor; shuffled as a whole."""
 
     def __init__(self, values: Tensor) -> None:
-        self.values = values
+        self.values = aligned(values)
         self.num_rows = len(values)
 
     def pieces(self, generator: torch.Generator | None = None) -> Iterator[tuple[int, Tensor]]:
