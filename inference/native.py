@@ -119,23 +119,41 @@ def _library(text: str, width: int, parts: tuple[str, ...]) -> ctypes.CDLL:
 
 
 def _compile(path: str, flags: list[str], source: str, target: Path, vectors: bool) -> None:
-    handle, name = tempfile.mkstemp(suffix=".so", dir=target.parent)
-    os.close(handle)
+    command = [path, *flags, "-", *(["-lmvec"] if vectors else []), "-lm"]
     try:
-        done = subprocess.run(
-            [path, *flags, "-", "-o", name, *(["-lmvec"] if vectors else []), "-lm"],
-            input=source,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            first = next((s for s in done.stderr.splitlines() if "error" in s), done.stderr[:200])
-            raise Unsupported(f"the C++ compiler failed: {first}")
+        handle, name = tempfile.mkstemp(suffix=".so", dir=target.parent)
+        os.close(handle)
+    except OSError as error:
+        raise Unsupported(f"{target.parent} cannot be written: {error}") from error
+    try:
+        if complaint := _complaint([*command, "-o", name], source):
+            raise Unsupported(f"the C++ compiler failed: {complaint}")
         os.replace(name, target)
     finally:
         if os.path.exists(name):
             os.unlink(name)
+
+
+def _complaint(command: list[str], source: str) -> str:
+    """What the compiler says, if it fails twice.
+
+    It may be killed where memory is short. Without a second try that one run would be computed by
+    torch, and differ from all others of its seed by rounding.
+    """
+    complaint = ""
+    for _ in range(2):
+        try:
+            done = subprocess.run(
+                command, input=source, capture_output=True, text=True, check=False
+            )
+        except OSError as error:
+            complaint = str(error)
+            continue
+        if not done.returncode:
+            return ""
+        lines = [s for s in done.stderr.splitlines() if "error" in s] or [done.stderr[:200]]
+        complaint = lines[0] or f"exit status {done.returncode}"
+    return complaint
 
 
 def aligned(count: int) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bayesgen import rng
+from bayesgen.inference import NUTS, native, speed
 from bayesgen.inference.emit import Unsupported
 from bayesgen.inference.machines import NativeMachine
 from bayesgen.inference.native import MACHINE, compiler, load, translated
@@ -180,3 +181,42 @@ def test_the_state_machine_is_that_of_tensors(rank, num_chains):
     assert used == noise["used"].tolist()
     torch.testing.assert_close(moved.ends, chains.ends, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(moved.numbers, chains.numbers, rtol=1e-6, atol=1e-6)
+
+
+# ---------------------------------------------------------------- a compiler that fails
+_FAILS = """#!/bin/sh
+echo once >> {log}
+[ $(wc -l < {log}) -le {times} ] && {{ echo "fatal error: Killed signal terminated" >&2; exit 1; }}
+exec {compiler} "$@"
+"""
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_compiler_that_is_killed_once_is_tried_again(tmp_path, monkeypatch, times):
+    """One run must not be computed otherwise than all others because memory was short."""
+    engine = NUTS(num_chains=1, num_samples=20, num_warmup=20, compile=True)
+
+    def program():
+        pyro.sample("loc", dist.Normal(0.25, 1.0))
+
+    usual = engine.run(program)
+    script = tmp_path / "compiler"
+    found = compiler()
+    script.write_text(_FAILS.format(log=tmp_path / "log", times=times, compiler=found))
+    script.chmod(0o700)
+    monkeypatch.setenv("CXX", str(script))
+    native._library.cache_clear()
+    monkeypatch.setenv("BAYESGEN_CACHE", str(tmp_path))
+    monkeypatch.setattr("bayesgen.inference.speed._inductor", _not_now)
+    fit = engine.run(program)
+    if times == 1:
+        assert fit.attrs["is_compiled"]
+        assert torch.equal(fit.draws["loc"], usual.draws["loc"])
+        assert len((tmp_path / "log").read_text().splitlines()) == 2
+    else:
+        assert not fit.attrs["is_compiled"]
+        assert "Killed signal" in fit.attrs["speed"]
+
+
+def _not_now(density, table, num_chains, max_depth, why):
+    return speed._eager(density, table, num_chains, why)
