@@ -32,7 +32,7 @@ def aligned(x: Tensor) -> Tensor:
 
 
 def settled(value: Any) -> Any:
-    """Nested dicts, lists and tuples with every tensor contiguous and aligned.
+    """Nested dicts and lists with every tensor contiguous and aligned.
 
     What is so already stays the very object that it was.
     """
@@ -42,8 +42,6 @@ def settled(value: Any) -> Any:
         return value.clone(memory_format=torch.contiguous_format)
     if isinstance(value, dict):
         return {k: settled(v) for k, v in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(settled, value))
     if isinstance(value, list) and value and isinstance(value[0], Tensor | dict | list):
         return [settled(v) for v in value]
     return value

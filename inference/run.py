@@ -256,13 +256,13 @@ class _Loop:
         state = self._load()
         before -= self.seconds
         if state is None:
-            state = settled(self.engine.init(self.task, self.work))
+            state = self._settled(self.engine.init(self.task, self.work))
         self.generator_state = rng.get_state(self.task.generator)
         saved = time.perf_counter()
         try:
             while self.step < self.engine.max_steps and not self.done:
                 state, info = self.engine.step(self.task, self.work, state)
-                state = settled(state)
+                state = self._settled(state)
                 self.step += 1
                 # A step that Ctrl-C cuts short has already drawn numbers: resume from before it.
                 self.generator_state = rng.get_state(self.task.generator)
@@ -284,6 +284,10 @@ class _Loop:
         if not self.done and not self.messages:
             self.messages.append(self.engine.advice(self.step))
         return state
+
+    def _settled(self, state: Any) -> Any:
+        """Laid out in memory as it would be if it came from a checkpoint."""
+        return self.engine.state_type(**settled(state._asdict()))
 
     def _record(self, info: Info) -> None:
         for name, value in info.values.items():
@@ -335,7 +339,7 @@ class _Loop:
         self.step, self.seconds = nested["step"], nested["seconds"]
         self.done = nested["done"]
         self.history = {k: list(v) for k, v in nested["history"].items()}
-        return self.engine.state_type(**settled(_to(nested["state"], self.task.device)))
+        return self._settled(self.engine.state_type(**_to(nested["state"], self.task.device)))
 
 
 _MAY_CHANGE = ("max_steps", "num_steps")

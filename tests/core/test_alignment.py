@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -27,27 +25,23 @@ def at(array, offset):
     return view
 
 
-class State(NamedTuple):
-    loc: torch.Tensor
-    inner: dict
-    names: list
-
-
 def test_what_was_read_lies_as_what_was_computed():
     names = [str(k) for k in range(7)]
     read = load(save({name: torch.arange(3.0).double() for name in names}))
     assert any(value.data_ptr() % 64 for value in read.values())
     transposed = torch.arange(12.0).reshape(4, 3).T
-    state = settled(State(transposed, {"read": list(read.values())}, ["a"]))
-    for value in (state.loc, *state.inner["read"]):
+    state = settled({"loc": transposed, "inner": {"read": list(read.values())}, "names": ["a"]})
+    for value in (state["loc"], *state["inner"]["read"]):
         assert value.is_contiguous()
         assert value.data_ptr() % 64 == 0
-    assert torch.equal(state.loc, transposed)
-    assert all(torch.equal(a, b) for a, b in zip(state.inner["read"], read.values(), strict=True))
-    assert state.names == ["a"]
+    assert torch.equal(state["loc"], transposed)
+    assert all(
+        torch.equal(a, b) for a, b in zip(state["inner"]["read"], read.values(), strict=True)
+    )
+    assert state["names"] == ["a"]
     again = settled(state)
-    assert again.loc is state.loc
-    assert again.inner["read"][0] is state.inner["read"][0]
+    assert again["loc"] is state["loc"]
+    assert again["inner"]["read"][0] is state["inner"]["read"][0]
 
 
 def test_data_are_moved_only_where_they_must():
