@@ -20,6 +20,8 @@ from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
+from bayesgen.inference.summed import add_up
+
 __all__ = ["OBJECTIVES", "Traces", "run_both"]
 
 
@@ -52,6 +54,7 @@ def run_both(
     guide_trace = prune_subsample_sites(guide_trace)
     model_trace = prune_subsample_sites(model_trace)
     model_trace.compute_log_prob()
+    add_up(model_trace)
     guide_trace.compute_score_parts()
     if max_plate_nesting is not None:
         model_trace.pack_tensors()

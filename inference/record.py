@@ -14,6 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 __all__ = ["Aliased", "DataDependent", "RandomNumbers", "record"]
 
+_aten = torch.ops.aten
 _READS = {
     "_local_scalar_dense",
     "is_nonzero",
@@ -76,7 +77,10 @@ class _Recorder(TorchDispatchMode):
         result = func(*args, **kwargs)
         operands, options = tree_unflatten(nodes, spec)
         if before is not None:
-            self.known[target] = self._functional(func, before, operands, options)
+            if name == "copy_" and isinstance(target, Tensor):
+                self.known[target] = self._copy(target, operands[1])
+            else:
+                self.known[target] = self._functional(func, before, operands, options)
             return result
         node = self.graph.call_function(func, operands, options)
         self._bind(result, node)
@@ -92,6 +96,13 @@ class _Recorder(TorchDispatchMode):
         # The overload itself, which rules know; a few have another name.
         function = getattr(packet, func._overloadname, packet)
         return self.graph.call_function(function, (before, *operands[1:]), options)
+
+    def _copy(self, target: Tensor, source: fx.Node) -> fx.Node:
+        """What ``target.copy_(source)`` leaves there; ``aten.copy`` has no rule under vmap."""
+        call = self.graph.call_function
+        node = call(_aten.expand.default, (source, list(target.shape)))
+        node = call(_aten._to_copy.default, (node,), {"dtype": target.dtype})
+        return call(_aten.clone.default, (node,), {"memory_format": torch.contiguous_format})
 
     def _is_own(self, func: Any, name: str, args: tuple[Any, ...]) -> bool:
         """Whether an operation writes into its first argument alone, which nothing looks into."""

@@ -17,6 +17,7 @@ from bayesgen.inference.noise import Drawn, Fed, Hidden, NoiseSize, Tape
 from bayesgen.inference.optimizers import Optimizer, clip
 from bayesgen.inference.pair import Pair
 from bayesgen.inference.sites import quietly
+from bayesgen.inference.summed import is_summed
 
 __all__ = [
     "Feed",
@@ -73,7 +74,9 @@ def trace_pair(
     if not traced:
         return Traced(None, NoiseSize(0, 0), "tracing was switched off")
     message = ""
-    for fixed in (False, True) if is_fixed else (False,):
+    # Sums over rows that stay the same are computed once only where the data are constants.
+    summed = any(is_summed(node) for node in pair.traces.model.nodes.values())
+    for fixed in ((True, False) if summed else (False, True)) if is_fixed else (False,):
         try:
             return _traced(pair, data, fixed, generator)
         except Exception as error:

@@ -29,6 +29,7 @@ from bayesgen.inference.graph import capture, simplify
 from bayesgen.inference.marginal import pointwise
 from bayesgen.inference.recover import recover
 from bayesgen.inference.sites import Flat, Given, Layout, discover, enumerated, quietly
+from bayesgen.inference.summed import add_up
 
 __all__ = ["Density", "trace"]
 
@@ -345,6 +346,7 @@ def _log_density(layout: Layout, vector: Tensor) -> Tensor:
     with quietly(layout.dtype), _PlainProducts(), Flat(layout.sites, vector) as flat:
         if not layout.enumerated:
             nodes = poutine.trace(layout.run).get_trace()
+            add_up(nodes)
             total = nodes.log_prob_sum()
         else:
             nodes = poutine.trace(enumerated(layout)).get_trace()

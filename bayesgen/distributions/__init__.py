@@ -20,6 +20,7 @@ from bayesgen.distributions.inverse_wishart import InverseWishart, InverseWishar
 from bayesgen.distributions.low_rank import (
     PartialLowRankMultivariateNormal,
     PartialLowRankMultivariateStudentT,
+    Summed,
 )
 from bayesgen.distributions.normal_inverse_gamma import NormalInverseGamma
 from bayesgen.distributions.normal_inverse_wishart import NaturalExpectations, NormalInverseWishart
@@ -48,6 +49,7 @@ __all__ = [
     "PositiveDefiniteTransform",
     "RootInverseGamma",
     "StudentTMixture",
+    "Summed",
     "cholesky_factor",
     "loc_cholesky",
     "loc_variance",
