@@ -173,7 +173,8 @@ class _Translator:
         body, workspace = e.text()
         numbers, integers = e.blobs()
         text = (
-            "static void density(const V* x, V* lp, V* g, V* w, const double* C, const I* J) {\n"
+            "static NOINLINE void density(const V* x, V* lp, V* g, V* w, const double* C, "
+            "const I* J) {\n"
             f"{body}\n}}\n"
         )
         return Translation(text, numbers, integers, workspace, body.count("\n"))

@@ -26,6 +26,7 @@ __all__ = [
     "read",
     "reference",
     "run",
+    "scores",
 ]
 
 MIN_ESS = 400
@@ -106,27 +107,33 @@ def run(name: str, engine: Any, shared_data: Path, seed: int = 1) -> Any:
     return engine.run(posterior.program, posterior.arguments(read(shared_data, name)), seed=seed)
 
 
+def scores(
+    draws: Mapping[str, torch.Tensor], wanted: Mapping[str, tuple[np.ndarray, float]]
+) -> dict[str, float]:
+    """Means and standard deviations, in Monte Carlo errors of both sides together."""
+    arviz, found = import_arviz(), {}
+    for name, (other, stated) in wanted.items():
+        ours = entry(draws, name)
+        few = max(1.0, (float(arviz.ess(other)) / stated) ** 0.5)
+        for statistic, method in ((np.mean, "mean"), (np.std, "sd")):
+            errors = arviz.mcse(ours, method=method), few * arviz.mcse(other, method=method)
+            gap = (statistic(ours) - statistic(other)) / np.hypot(*errors)
+            found[f"{method} of {name}"] = float(gap)
+    return found
+
+
 def judge(
     draws: Mapping[str, torch.Tensor],
     sample_stats: Mapping[str, torch.Tensor],
     wanted: Mapping[str, tuple[np.ndarray, float]],
 ) -> Verdict:
-    """Means and standard deviations, in Monte Carlo errors of both sides together."""
+    """The worst of :func:`scores`, and what a fit says of itself."""
     arviz = import_arviz()
-    worst, ess, r_hat = {}, [], []
-    for name, (other, stated) in wanted.items():
-        ours = entry(draws, name)
-        ess.append(float(arviz.ess(ours)))
-        r_hat.append(float(arviz.rhat(ours)))
-        few = max(1.0, (float(arviz.ess(other)) / stated) ** 0.5)
-        for statistic, method in ((np.mean, "mean"), (np.std, "sd")):
-            errors = arviz.mcse(ours, method=method), few * arviz.mcse(other, method=method)
-            worst[f"{method} of {name}"] = abs(statistic(ours) - statistic(other)) / np.hypot(
-                *errors
-            )
-    top = max(worst, key=worst.__getitem__)
-    divergences = int(sample_stats["diverging"].sum())
-    return Verdict(float(worst[top]), top, min(ess), divergences, max(r_hat))
+    gaps = {name: abs(gap) for name, gap in scores(draws, wanted).items()}
+    top = max(gaps, key=gaps.__getitem__)
+    ours = [entry(draws, name) for name in wanted]
+    ess, r_hat = (f(float(g(v)) for v in ours) for f, g in ((min, arviz.ess), (max, arviz.rhat)))
+    return Verdict(gaps[top], top, ess, int(sample_stats["diverging"].sum()), r_hat)
 
 
 def entry(draws: Mapping[str, torch.Tensor], name: str) -> np.ndarray:

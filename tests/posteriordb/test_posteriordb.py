@@ -10,8 +10,18 @@ import pyro.distributions as dist
 import pytest
 import torch
 
+from bayesgen.inference import NUTS
 from bayesgen.models import GaussianMixture
-from tests.posteriordb.posteriors import ENGINES, MIN_ESS, POSTERIORS, judge, read, reference, run
+from tests.posteriordb.posteriors import (
+    ENGINES,
+    MIN_ESS,
+    POSTERIORS,
+    judge,
+    read,
+    reference,
+    run,
+    scores,
+)
 from tests.posteriordb.series import solve
 
 __all__: list[str] = []
@@ -61,6 +71,22 @@ def test_all_others(name, engine, shared_data):
     if name in SKIPPED:
         pytest.skip(SKIPPED[name])
     agree(name, engine, shared_data)
+
+
+@pytest.mark.slow
+def test_errors_over_seeds_are_those_stated(shared_data):
+    """On radon, whose scale of counties is hard to move: no bias, and honest errors."""
+    name, seeds = "radon_mn-radon_hierarchical_intercept", range(8)
+    wanted = reference(shared_data, name)
+    fits = [run(name, NUTS(), shared_data, seed=s) for s in seeds]
+    gaps = np.array([list(scores(fit.draws, wanted).values()) for fit in fits])
+    assert 0.8 < np.sqrt(np.square(gaps).mean()) < 1.2
+    together = {k: torch.cat([fit.draws[k] for fit in fits]) for k in fits[0].draws}
+    stats = {"diverging": torch.cat([fit.sample_stats["diverging"] for fit in fits])}
+    check(judge(together, stats, wanted), 4000 * len(fits))
+    # an eighth of a standard deviation off would show
+    together["beta"] = together["beta"] + 0.125 * together["beta"].std()
+    assert judge(together, stats, wanted).z > 4
 
 
 def test_a_posterior_that_is_too_narrow_is_caught(shared_data):
