@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Conditional",
     "Conjugate",
+    "Continued",
     "Denoising",
     "Encoder",
     "Explained",
@@ -365,6 +366,33 @@ class Pooled(Conjugate):
         """What :meth:`observe` would give of both batches together."""
 
 
+class Continued(Conjugate):
+    """A conjugate model whose local step goes on from where the last one left each row.
+
+    Its local latents have no joint law in closed form, only laws given one another. A step of
+    coordinate ascent raises the bound from what the last step left; a draw alternates.
+    """
+
+    @property
+    @abstractmethod
+    def continues(self) -> bool:
+        """Whether this model needs it, as its arguments say; else :meth:`local` does."""
+
+    @abstractmethod
+    def local_after(
+        self,
+        observed: Any,
+        messages: Mapping[str, Tensors],
+        left: Tensor | None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Local:
+        """As :meth:`local`, after a step that left ``left (..., b, k)``; None begins.
+
+        The latents of what it returns hold ``left`` for the next step.
+        """
+
+
 class Solvable(ABC):
     """A model whose likelihood has its maximum in closed form."""
 
@@ -431,5 +459,6 @@ _ALL: tuple[type, ...] = (
     Conjugate,
     Partitioned,
     Pooled,
+    Continued,
     Solvable,
 )

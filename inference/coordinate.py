@@ -76,6 +76,8 @@ class Ascent(NamedTuple):
     """Memoised statistics, with a leading dimension of batches."""
     entropies: Tensor | None
     """``(batches, starts)`` entropies of the memoised batches' latents."""
+    left: Tensor | None = None
+    """``(starts, n, k)`` where the local steps of a model that continues them stand."""
 
 
 def check_schedule(schedule: str, batch_size: int | None, owner: str) -> None:
@@ -146,11 +148,18 @@ def first_statistics(
     return model.start(rows, num_batch=num_batch, generator=generator, varied=varied)
 
 
-def evaluate(rule: Rule, source: Source, parameters: Nested, num_passes: int) -> Ascent:
+def evaluate(
+    rule: Rule,
+    source: Source,
+    parameters: Nested,
+    num_passes: int,
+    left: Tensor | None = None,
+) -> Ascent:
     """One pass under given parameters: their statistics and objective."""
-    local = source.sweep(rule.messages(source.model, parameters))
+    local = source.sweep(rule.messages(source.model, parameters), left=left)
     objective = local.bound + rule.penalty(source.model, parameters)
-    return Ascent(parameters, _nested(local.statistics), objective, num_passes + 1, None, None)
+    statistics, left = _nested(local.statistics), local.latents.get("left")
+    return Ascent(parameters, statistics, objective, num_passes + 1, None, None, left)
 
 
 def _nested(statistics: Mapping[str, Tensors]) -> Nested:
@@ -164,7 +173,7 @@ def ascend(rule: Rule, source: Source, state: Ascent, schedule: str = "full") ->
     if schedule == "stochastic":
         return _stochastic(rule, source, state)
     parameters = rule.solve(source.model, state.statistics, state.parameters)
-    return evaluate(rule, source, parameters, state.num_passes)
+    return evaluate(rule, source, parameters, state.num_passes, state.left)
 
 
 def _memory(new: Nested, num_batches: int) -> Nested:
@@ -179,9 +188,10 @@ def _memoised(rule: Rule, source: Source, state: Ascent) -> Ascent:
     total: Nested | None = None if state.memory is None else state.statistics
     memory: Nested | None = None
     entropies: Tensor | None = None
+    left = None if state.left is None else state.left.clone()
     for index, observed in enumerate(source):
         messages = rule.messages(model, parameters)
-        local = model.local(observed, messages)
+        local = _one(source, observed, messages, left, index)
         new = _nested(local.statistics)
         entropy = local.bound - model.inner(messages, new)
         if memory is None or entropies is None:
@@ -207,16 +217,32 @@ def _memoised(rule: Rule, source: Source, state: Ascent) -> Ascent:
     parameters = rule.solve(model, total, parameters)
     messages = rule.messages(model, parameters)
     objective = model.inner(messages, total) + entropies.sum(0) + rule.penalty(model, parameters)
-    return Ascent(parameters, total, objective, state.num_passes + 1, memory, entropies)
+    return Ascent(parameters, total, objective, state.num_passes + 1, memory, entropies, left)
+
+
+def _one(
+    source: Source,
+    observed: Any,
+    messages: Mapping[str, Tensors],
+    left: Tensor | None,
+    index: int,
+) -> Local:
+    """The local step of one batch; what it leaves takes its place in ``left``."""
+    start = index * source.batch_size
+    local = source.local(observed, messages, left, start)
+    if left is not None:
+        left[..., start : start + source.batch_size, :] = local.latents["left"]
+    return local
 
 
 def _stochastic(rule: Rule, source: Source, state: Ascent) -> Ascent:
     """Robbins-Monro steps on the statistics; the objective is the pass's running estimate."""
     model, parameters, total = source.model, state.parameters, state.statistics
     objective: Tensor | float = 0.0
+    left = None if state.left is None else state.left.clone()
     rows = 0
     for index, observed in enumerate(source):
-        local: Local = model.local(observed, rule.messages(model, parameters))
+        local = _one(source, observed, rule.messages(model, parameters), left, index)
         size = min(source.batch_size, source.num_rows - rows)
         rows += size
         scale = source.num_rows / size
@@ -229,14 +255,14 @@ def _stochastic(rule: Rule, source: Source, state: Ascent) -> Ascent:
         parameters = rule.solve(model, total, parameters)
     assert isinstance(objective, Tensor)
     objective = objective + rule.penalty(model, parameters)
-    return Ascent(parameters, total, objective, state.num_passes + 1, None, None)
+    return Ascent(parameters, total, objective, state.num_passes + 1, None, None, left)
 
 
 def final(rule: Rule, source: Source, state: Ascent, schedule: str) -> Ascent:
     """The exact objective and statistics of the last parameters; full passes have them already."""
     if schedule == "full":
         return state
-    return evaluate(rule, source, state.parameters, state.num_passes)
+    return evaluate(rule, source, state.parameters, state.num_passes, state.left)
 
 
 def memory_free(state: Ascent) -> dict[str, Any]:

@@ -41,6 +41,8 @@ class GibbsState(NamedTuple):
     step: int
     accepted: Tensor
     """``(chains,)`` split-merge moves accepted so far."""
+    left: Tensor | None = None
+    """``(chains, n, k)`` local latents of a model that continues its local steps."""
 
 
 class Work(NamedTuple):
@@ -200,7 +202,9 @@ class Gibbs(Engine[GibbsState]):
         blocks = task.model.blocks
         messages = {name: block.natural(state.values[name]) for name, block in blocks.items()}
         moving = work.observed is not None
-        local = work.source.sweep(messages, generator=task.generator, keep_labels=moving)
+        local = work.source.sweep(
+            messages, generator=task.generator, keep_labels=moving, left=state.left
+        )
         statistics: Nested = {b: dict(s) for b, s in local.statistics.items()}
         accepted = state.accepted
         if moving:
@@ -219,7 +223,9 @@ class Gibbs(Engine[GibbsState]):
             {name: float(value.mean()) for name, value in found.items()},
             state.step + 1 == self.max_steps,
         )
-        return state._replace(values=values, step=state.step + 1, accepted=accepted), info
+        left = local.latents.get("left")
+        new = state._replace(values=values, step=state.step + 1, accepted=accepted, left=left)
+        return new, info
 
     def _draw(
         self, task: Task, statistics: Mapping[str, Tensors], previous: Nested | None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bayesgen.capabilities import Partitioned, Pooled, require
+from bayesgen.capabilities import Continued, Partitioned, Pooled, require
 from bayesgen.conjugate import Condensable, Local, add_statistics
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ class Source:
             batch_size = max(256, min(size, self.num_rows))
         self._chunk = batch_size
         self._pool = model if isinstance(model, Pooled) and model.pools else None
+        self._continued = model if isinstance(model, Continued) and model.continues else None
         self.batch_size = batch_size if self._pool is None else self.num_rows
         # On the processor chunks are converted one by one: float32 data are never held twice.
         self._rows: Tensor | None = None
@@ -151,17 +152,23 @@ class Source:
         *,
         generator: torch.Generator | None = None,
         keep_labels: bool = False,
+        left: Tensor | None = None,
     ) -> Local:
         """One pass over all rows under fixed messages: summed statistics and bound.
 
-        With ``keep_labels`` the drawn labels ``(..., n)`` come along as a latent.
+        With ``keep_labels`` the drawn labels ``(..., n)`` come along as a latent. Of a model that
+        continues its local steps ``left (..., n, k)`` is what the last pass left, and what this
+        one leaves comes along.
         """
         total: dict[str, dict[str, Tensor]] | None = None
         bound: Tensor | None = None
-        labels = []
+        labels, lefts, start = [], [], 0
         messages = self.model.ready(messages, self.dtype)
         for observed in self:
-            local = self.model.local(observed, messages, generator=generator)
+            local = self.local(observed, messages, left, start, generator=generator)
+            if self._continued is not None:
+                lefts.append(local.latents["left"])
+                start += lefts[-1].shape[-2]
             total = add_statistics(total, local.statistics)
             bound = local.bound if bound is None else bound + local.bound
             if keep_labels:
@@ -169,7 +176,25 @@ class Source:
             del observed, local  # the next batch moves into the same memory, still in cache
         if total is None or bound is None:
             raise ValueError("the data have no rows.")
-        return Local(total, bound, {"labels": torch.cat(labels, -1)} if keep_labels else {})
+        latents = {"labels": torch.cat(labels, -1)} if keep_labels else {}
+        if lefts:
+            latents["left"] = torch.cat(lefts, -2)
+        return Local(total, bound, latents)
+
+    def local(
+        self,
+        observed: Any,
+        messages: Mapping[str, Tensors],
+        left: Tensor | None,
+        start: int,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Local:
+        """The local step of the batch whose first row has the number ``start``."""
+        if self._continued is None:
+            return self.model.local(observed, messages, generator=generator)
+        here = None if left is None else left[..., start : start + self.batch_size, :]
+        return self._continued.local_after(observed, messages, here, generator=generator)
 
 
 def _aligned(rows: int) -> int:

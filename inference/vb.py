@@ -68,6 +68,7 @@ class VBState(NamedTuple):
     num_passes: int
     memory: Nested | None
     entropies: Tensor | None
+    left: Tensor | None
     phase: str
     """``"starts"`` (all starts climb), ``"moves"``, ``"polish"`` (the winner climbs to the end).
     """
@@ -79,7 +80,7 @@ class VBState(NamedTuple):
     @property
     def ascent(self) -> Ascent:
         """The part that coordinate ascent sees."""
-        return Ascent(*self[:6])
+        return Ascent(*self[:7])
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,6 +210,7 @@ class VB(Engine[VBState]):
             state.num_passes,
             None,
             None,
+            None if state.left is None else state.left[best : best + 1],
         )
 
     def _check_rise(self, old: Tensor, new: Tensor) -> None:

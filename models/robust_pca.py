@@ -1,4 +1,4 @@
-"""Robust PCA: rows with scales of their own, so that an outlier costs its own row alone."""
+"""Robust PCA: rows or cells with scales of their own, so that an outlier costs no more."""
 
 from __future__ import annotations
 
@@ -8,24 +8,32 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Self, final
 
+import pyro
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 
 from bayesgen import rng
-from bayesgen.capabilities import Tensors
+from bayesgen.capabilities import Continued, Tensors
+from bayesgen.conjugate import Local
 from bayesgen.distributions import PartialLowRankMultivariateStudentT, PartialMultivariateStudentT
 from bayesgen.distributions._low_rank import LowRankForm, low_rank_form
 from bayesgen.models.families.degrees_of_freedom import DegreesOfFreedom
 from bayesgen.models.linear.base import LinearModel, scale_tril_of
+from bayesgen.models.linear.cell_laws import CellConditional, CellLatents, CellRows
+from bayesgen.models.linear.cells import from_cells
 from bayesgen.models.linear.robust import RobustBlock
+from bayesgen.models.linear.rows import Rows, Sums
 
 __all__ = ["RobustPCA"]
+
+_SCALES = ("rows", "cells")
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class RobustPCA(LinearModel):
-    r"""Probabilistic PCA with Student-t rows, missing entries integrated out exactly.
+class RobustPCA(LinearModel, Continued):
+    r"""Probabilistic PCA with Student-t rows, or cells, missing entries integrated out.
 
     .. math::
         u_i \sim \mathrm{Gamma}(\nu/2, \nu/2), \quad
@@ -34,7 +42,23 @@ class RobustPCA(LinearModel):
 
     so that :math:`x_i \sim t_\nu(\mu, W W^\top + \sigma^2 I_d)`. A row far from the others gets a
     small scale :math:`u_i` and counts for little: it costs its own row, and not the mean or the
-    directions. The degrees of freedom are learned; large ones are plain PPCA.
+    directions. The degrees of freedom are learned; large ones are plain PPCA. All is exact.
+
+    With ``scales="cells"`` every cell has a scale, and every column its degrees of freedom:
+
+    .. math::
+        z_i \sim \mathrm{N}(0, I_q), \quad
+        u_{ij} \sim \mathrm{Gamma}(\nu_j/2, \nu_j/2), \quad
+        x_{ij} \mid z_i, u_{ij} \sim \mathrm{N}(w_j^\top z_i + \mu_j, \sigma^2 / u_{ij}),
+
+    so that a bad cell costs itself, and its row's other cells count in full. Then
+
+    * the density of a row has no closed form. :meth:`log_prob`, :meth:`encode` and
+      :meth:`condition` come from weighted points of its latent, added until the standard error is
+      0.01 nats (:meth:`log_prob_error` has it); where 32,768 do not suffice a warning says so;
+    * EM maximises a lower bound of the likelihood, that of the best normal latents and Gamma
+      scales independent of them; VB's bound is theirs as well. Gibbs and NUTS are exact;
+    * ``noise_scale`` and the covariance are those of cells of scale one.
 
     Priors and defaults are those of :class:`~bayesgen.models.ppca.PPCA`, with ``"df"`` any
     distribution of one positive number, by default ``Gamma(2, 0.1)``; EM, VB and Gibbs cut it to
@@ -44,15 +68,17 @@ class RobustPCA(LinearModel):
     References:
         Archambeau, Delannay & Verleysen (2006). Robust probabilistic projections. Juárez & Steel
         (2010). Model-based clustering of non-Gaussian panel data based on skew-t distributions.
+        Luttinen, Ilin & Karhunen (2012). Bayesian robust PCA of incomplete data.
 
     Args:
         latent_dim: Number of latents ``q``, below the number of columns.
         priors: By site: ``"loadings"``, ``"loc"``, ``"noise_scale"``, ``"df"``.
         df: Degrees of freedom; None when they are learned.
+        scales: What has a scale of its own: ``"rows"`` or ``"cells"``.
 
     Raises:
         ValueError: What :class:`~bayesgen.models.ppca.PPCA` refuses; ``df`` not positive, or with
-            a prior though it is fixed.
+            a prior though it is fixed; other ``scales``.
 
     Example:
         >>> from bayesgen.inference import EM
@@ -65,6 +91,7 @@ class RobustPCA(LinearModel):
     """
 
     df: float | None = None
+    scales: str = "rows"
 
     @property
     def is_shared(self) -> bool:
@@ -75,10 +102,18 @@ class RobustPCA(LinearModel):
         return True
 
     @property
+    def is_cellwise(self) -> bool:
+        return self.scales == "cells"
+
+    @property
     def learns_df(self) -> bool:
         return self.df is None
 
     def __post_init__(self) -> None:
+        if self.scales not in _SCALES:
+            raise ValueError(
+                f"RobustPCA: scales={self.scales!r}, but it must be one of {', '.join(_SCALES)}."
+            )
         if self.df is not None and not 0.0 < float(self.df) < math.inf:
             raise ValueError(
                 f"RobustPCA: df={self.df!r}, but it must be a positive finite number."
@@ -92,32 +127,79 @@ class RobustPCA(LinearModel):
     # ------------------------------------------------------------ Model
     def __repr__(self) -> str:
         fixed = "" if self.df is None else f"\n  df = {self.df:g}"
-        return super().__repr__() + fixed
+        each = "\n  a scale for each cell" if self.is_cellwise else ""
+        return super().__repr__() + each + fixed
 
     @property
     def dims(self) -> dict[str, tuple[str, ...]]:
-        own: dict[str, tuple[str, ...]] = {} if self.df is not None else {"df": ()}
+        df = ("column",) if self.is_cellwise else ()
+        own: dict[str, tuple[str, ...]] = {} if self.df is not None else {"df": df}
         dims = {"scatter" if k == "covariance" else k: v for k, v in super().dims.items()}
         return {**dims, **own}
 
     def invariants(self, draws: Tensors) -> dict[str, Tensor]:
-        """As for PPCA, with ``scatter`` for the covariance: that of a row of scale one."""
+        """As for PPCA, with ``scatter`` for the covariance: that of rows or cells of scale one."""
         found = super().invariants(draws)
         return {"scatter" if k == "covariance" else k: v for k, v in found.items()}
 
     def to_config(self) -> dict[str, Any]:
-        return {**super().to_config(), "df": self.df}
+        return {**super().to_config(), "df": self.df, "scales": self.scales}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
-        return replace(super().from_config(config), df=config["df"])
+        # Fits that were saved before there were cells do not name them.
+        scales = config.get("scales", _SCALES[0])
+        return replace(super().from_config(config), df=config["df"], scales=scales)
 
     # ------------------------------------------------------------ densities and draws
     def _df(self, values: Tensors) -> Tensor:
-        """Degrees of freedom, ``(...)``."""
+        """Degrees of freedom, ``(...)``; of cells ``(..., d)``."""
         if self.df is None:
             return values["df"]
-        return torch.full_like(values["loc"][..., 0], float(self.df))
+        loc = values["loc"]
+        return torch.full_like(loc if self.is_cellwise else loc[..., 0], float(self.df))
+
+    def _observe(self, values: Tensors, batch: Tensor) -> None:
+        if not self.is_cellwise:
+            super()._observe(values, batch)
+            return
+        # Cells' scales are integrated out; the latents, which then have no closed form, are sites.
+        zero = torch.zeros_like(batch[..., :1]).expand(*batch.shape[:-1], self.latent_dim)
+        latents = pyro.sample("latents", dist.Normal(zero, torch.ones_like(zero)).to_event(1))
+        signal = values["loc"] + latents @ values["loadings"].mT
+        law = dist.StudentT(self._df(values), signal, values["noise_scale"].unsqueeze(-1))
+        missing = batch.isnan()
+        if bool(missing.any()):
+            law, batch = law.mask(~missing), torch.where(missing, 0.0, batch)
+        pyro.sample("x", law.to_event(1), obs=batch)
+
+    def _cells(self, x: Tensor, draws: Tensors) -> CellRows:
+        names = ("loc", "loadings", "noise_scale")
+        return CellRows(x, *(draws[name] for name in names), self._df(draws))
+
+    def log_prob(self, x: Tensor, draws: Tensors) -> Tensor:
+        if not self.is_cellwise:
+            return super().log_prob(x, draws)
+        return self._cells(x, draws).log_prob()[0]
+
+    def log_prob_error(self, x: Tensor, draws: Tensors) -> Tensor:
+        """Standard error ``(*draw, n)`` of :meth:`log_prob`, in nats: zero with scales of rows."""
+        if not self.is_cellwise:
+            return torch.zeros_like(super().log_prob(x, draws))
+        return self._cells(x, draws).log_prob()[1]
+
+    def cell_weights(self, x: Tensor, draws: Tensors) -> Tensor:
+        r"""Expected scales of the cells of rows, :math:`E[u_{ij} \mid x_i]`, ``(*draw, n, d)``.
+
+        About one for a cell that fits, near zero for one that does not, ``NaN`` for one that is
+        missing. With scales of rows all cells of a row have the row's.
+        """
+        if self.is_cellwise:
+            return self._cells(x, draws).moments()[2]
+        shift = x - draws["loc"].unsqueeze(-2)
+        found = low_rank_form(shift, x.isnan(), draws["loadings"], self._noise(draws))
+        weight = self._widen(found, self._df(draws))[1].square().reciprocal().unsqueeze(-1)
+        return weight.expand(shift.shape).masked_fill(x.isnan(), torch.nan)
 
     def _observation(self, values: Tensors) -> PartialLowRankMultivariateStudentT:
         return PartialLowRankMultivariateStudentT(
@@ -129,11 +211,18 @@ class RobustPCA(LinearModel):
         )
 
     def _sample_latents(self, draws: Tensors, *, generator: torch.Generator) -> Tensor:
+        if self.is_cellwise:
+            return super()._sample_latents(draws, generator=generator)
         df = self._df(draws)
         scale = (rng.chi2(df, generator) / df).sqrt().unsqueeze(-1)
         return super()._sample_latents(draws, generator=generator) / scale
 
     def sample(self, draws: Tensors, *, generator: torch.Generator) -> Tensor:
+        if self.is_cellwise:
+            signal, df = self.sample_signal(draws, generator=generator), self._df(draws)
+            noise = rng.standard_normal(signal.shape, generator, signal.dtype, signal.device)
+            noise = noise / (rng.chi2(df, generator) / df).sqrt().to(noise)
+            return signal + self._noise(draws) * noise
         # Latent and noise share a row's scale: both are normal before it divides them.
         return self._observation(draws).sample(generator=generator)
 
@@ -144,8 +233,13 @@ class RobustPCA(LinearModel):
         more = df + found.form.size
         return more, ((df + found.form.square) / more).sqrt()
 
-    def encode(self, x: Tensor, draws: Tensors) -> PartialMultivariateStudentT:
-        """Student-t: each observed entry adds a degree of freedom, an odd row widens it."""
+    def encode(self, x: Tensor, draws: Tensors) -> PartialMultivariateStudentT | CellLatents:
+        """Student-t: each observed entry adds a degree of freedom, an odd row widens it.
+
+        With scales of cells, the law that weighted points stand for.
+        """
+        if self.is_cellwise:
+            return CellLatents(self._cells(x, draws))
         shift = x - draws["loc"].unsqueeze(-2)
         found = low_rank_form(shift, x.isnan(), draws["loadings"], self._noise(draws))
         more, widen = self._widen(found, self._df(draws))
@@ -154,7 +248,10 @@ class RobustPCA(LinearModel):
 
     def condition(
         self, x: Tensor, observed: Tensor, draws: Tensors
-    ) -> PartialLowRankMultivariateStudentT:
+    ) -> PartialLowRankMultivariateStudentT | CellConditional:
+        if self.is_cellwise:
+            shown = torch.where(observed, x, torch.nan)
+            return CellConditional(self._cells(shown, draws), observed)
         law, found = self._rest(x, observed, draws)
         more, widen = self._widen(found, self._df(draws))
         return PartialLowRankMultivariateStudentT(
@@ -170,14 +267,21 @@ class RobustPCA(LinearModel):
     def _robust(self) -> RobustBlock:
         device = self._bound.scales.offset.device
         if self.df is not None:
-            return RobustBlock(self._block, DegreesOfFreedom.fixed(float(self.df), device))
-        prior = self.all_priors["df"]
-        if not isinstance(prior, torch.distributions.Distribution):
+            degrees = DegreesOfFreedom.fixed(float(self.df), device)
+        else:
+            degrees = DegreesOfFreedom.learned(self._df_prior(), device)
+        return RobustBlock(self._block, degrees, self.is_cellwise)
+
+    def _df_prior(self) -> torch.distributions.Distribution:
+        """The prior of one number: engines on conjugate blocks take one for all columns."""
+        prior = self.priors.get("df", dist.Gamma(torch.tensor(2.0, dtype=torch.float64), 0.1))
+        if not isinstance(prior, torch.distributions.Distribution) or prior.batch_shape:
+            what = "a callable" if callable(prior) else "one for each column"
             raise TypeError(
-                "the prior of 'df' is a callable, so EM, VB and Gibbs cannot use it. Give a "
-                "distribution such as Gamma(2, 0.1), or fit with NUTS or SVI."
+                f"the prior of 'df' is {what}, so EM, VB and Gibbs cannot use it. Give a "
+                "distribution of one number such as Gamma(2, 0.1), or fit with NUTS or SVI."
             )
-        return RobustBlock(self._block, DegreesOfFreedom.learned(prior, device))
+        return prior
 
     @property
     def blocks(self) -> Mapping[str, RobustBlock]:
@@ -185,6 +289,37 @@ class RobustPCA(LinearModel):
 
     def export(self, values: Mapping[str, Tensors]) -> dict[str, Tensor]:
         out = super().export(values)
-        if "df" in out:
+        out.pop("stretch", None)
+        if "df" in out and not self.is_cellwise:
             out["df"] = out["df"].squeeze(-1)
         return out
+
+    # ------------------------------------------------------------ Continued
+    @property
+    def continues(self) -> bool:
+        return self.is_cellwise
+
+    def local_after(
+        self,
+        observed: Any,
+        messages: Mapping[str, Tensors],
+        left: Tensor | None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Local:
+        message = messages["loadings"]
+        if left is not None and "stretch" in message:
+            left = left * message["stretch"].unsqueeze(-1).to(left.dtype)
+        found, scales = from_cells(observed, message, left, generator=generator)
+        return Local({"loadings": found.statistics}, found.bound, {"left": scales})
+
+    def local(
+        self,
+        observed: Sums | Rows,
+        messages: Mapping[str, Tensors],
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Local:
+        if self.is_cellwise:
+            return self.local_after(observed, messages, None, generator=generator)
+        return super().local(observed, messages, generator=generator)

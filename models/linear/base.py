@@ -121,12 +121,17 @@ class LinearModel(
 
     @property
     def is_robust(self) -> bool:
-        """Whether each row has a scale of its own."""
+        """Whether rows or cells have scales of their own."""
+        return False
+
+    @property
+    def is_cellwise(self) -> bool:
+        """Whether each cell has a scale of its own."""
         return False
 
     @property
     def learns_df(self) -> bool:
-        """Whether the law of the rows' scales is learned."""
+        """Whether the law of the scales is learned."""
         return False
 
     # ------------------------------------------------------------ Model
@@ -159,7 +164,7 @@ class LinearModel(
                 f"column{'s' * (d != 1)}; it must be smaller, so that something is left for the "
                 "noise."
             )
-        given_priors(self.priors, d, self.latent_dim, shared=self.is_shared)
+        self._given(d)
         scales = find_scales(data, shared=self.is_shared)
         bound = Bound(scales, data.columns, not data.has_missing, data.num_rows)
         return replace(self, bound=bound)
@@ -182,16 +187,25 @@ class LinearModel(
     @cached_property
     def all_priors(self) -> dict[str, Any]:
         """Every prior in force by site, defaults included."""
-        scales, q = self._bound.scales, self.latent_dim
-        given = given_priors(self.priors, len(scales.offset), q, shared=self.is_shared)
+        scales = self._bound.scales
         default = default_priors(
             scales,
-            q,
+            self.latent_dim,
             shared=self.is_shared,
             learned=self.is_learned,
             scaled=self.learns_df,
+            cellwise=self.is_cellwise,
         )
-        return {**default, **given}
+        return {**default, **self._given(len(scales.offset))}
+
+    def _given(self, num_columns: int) -> dict[str, Any]:
+        return given_priors(
+            self.priors,
+            num_columns,
+            self.latent_dim,
+            shared=self.is_shared,
+            cellwise=self.is_cellwise,
+        )
 
     @property
     def dims(self) -> dict[str, tuple[str, ...]]:
@@ -233,11 +247,20 @@ class LinearModel(
         if batch is None:
             raise ValueError("the model's Pyro program needs data; pass a batch of shape (n, d).")
         d, total = batch.shape[1], len(batch) if num_rows is None else num_rows
-        values = sample_sites(self.all_priors, d, self.latent_dim, shared=self.is_shared)
-        law = self._observation(values)
+        values = sample_sites(
+            self.all_priors,
+            d,
+            self.latent_dim,
+            shared=self.is_shared,
+            cellwise=self.is_cellwise,
+        )
         rows = torch.arange(len(batch), device=batch.device)
         with pyro.plate("data", total, subsample=rows, dim=-1):
-            pyro.sample("x", law, obs=batch)
+            self._observe(values, batch)
+
+    def _observe(self, values: Tensors, batch: Tensor) -> None:
+        """The Pyro statements of the rows, within their plate."""
+        pyro.sample("x", self._observation(values), obs=batch)
 
     def _noise(self, values: Tensors) -> Tensor:
         """Standard deviations of the noise, ``(..., d)``."""
@@ -403,7 +426,7 @@ class LinearModel(
             self.latent_dim,
             num_batch,
             shared=self.is_shared,
-            robust=self.is_robust,
+            robust=("cells" if self.is_cellwise else "rows") if self.is_robust else None,
             generator=generator,
         )
         message = self.blocks["loadings"].natural(values)

@@ -308,11 +308,15 @@ class LoadingsBlock(Block):
         prior = self._prior_precision(values.get("precision"))
         square = prior * (augmented - self.loc).square()
         total = 0.5 * (prior.log() - _LOG_2PI - square).sum((-2, -1))
-        tau = values["variance"].reciprocal()
-        total = total + gamma_log_prob(tau, self.shape, self.rate).sum(-1)
+        total = total + self.log_noise_prior(values)
         if self.relevance is None:
             return total
         return total + self.relevance.log_prior(values["precision"])
+
+    def log_noise_prior(self, values: Tensors) -> Tensor:
+        """Log prior density of the logarithms of the noise's variances, ``(...)``."""
+        tau = values["variance"].reciprocal()
+        return gamma_log_prob(tau, self.shape, self.rate).sum(-1)
 
     # ------------------------------------------------------------ Gibbs
     def draw(

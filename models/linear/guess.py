@@ -27,6 +27,8 @@ _JIGGLE, _LEAST = 0.5, 1e-8
 # over which others are spread, the least share; steps of the climb, more of them and candidates
 # for the first guess up to so many columns, none above the last number.
 _SHARE, _DECADES, _UNIQUE = 0.5, 4.0, 1e-6
+# Standard deviations at which cells are clipped; one, in median absolute deviations of a normal.
+_CLIP, _NORMAL = 2.0, 1.4826
 _STEPS, _MANY_STEPS, _CANDIDATES, _FEW, _COLUMNS = 30, 150, 24, 50, 500
 
 
@@ -37,20 +39,26 @@ def guess(
     num: int,
     *,
     shared: bool,
-    robust: bool = False,
+    robust: str | None = None,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
     """``num`` guesses of loadings, mean and noise relative to the offset, from rows ``(n, d)``.
 
     The first is probabilistic PCA with gaps filled by the mean, or its like with a noise for each
     column; the others are scattered. ``robust`` ones are those of rows of which the farther half
-    is pulled back to a sphere around the median, so that outliers have no more say than others.
+    is pulled back to a sphere around the median (``"rows"``), or of cells that are pulled back to
+    a few of their column's standard deviations (``"cells"``), so that outliers have no more say
+    than others.
     """
     unit = scales.scale
-    filled = torch.nan_to_num(x.double() - scales.offset, nan=0.0)
-    loc = filled.median(0).values if robust else filled.mean(0)
+    centred = x.double() - scales.offset
+    filled = torch.nan_to_num(centred, nan=0.0)
+    if robust == "cells":
+        loc, filled = _clipped(centred)
+    else:
+        loc = filled.mean(0) if robust is None else filled.median(0).values
     standard = (filled - loc) / unit
-    if robust:
+    if robust == "rows":
         length = standard.square().sum(-1, keepdim=True).sqrt()
         standard = standard * (length.median() / length.clamp_min(_LEAST)).clamp_max(1.0)
     if shared:
@@ -66,6 +74,21 @@ def guess(
         "loc": loc.expand(num, -1),
         "variance": variance * unit.square()[: variance.shape[-1]],
     }
+
+
+def _clipped(centred: Tensor) -> tuple[Tensor, Tensor]:
+    """Medians ``(d,)``, and cells no farther from them than a few robust standard deviations.
+
+    References:
+        Raymaekers & Rousseeuw (2021). Fast robust correlation for high-dimensional data.
+        Technometrics 63.
+    """
+    loc = centred.nanmedian(0).values.nan_to_num(nan=0.0)
+    spread = _NORMAL * (centred - loc).abs().nanmedian(0).values
+    # Where half the cells are equal there is no spread to go by: nothing is clipped.
+    width = torch.where(spread > 0, _CLIP * spread, torch.inf)
+    filled = torch.where(centred.isnan(), loc, centred)
+    return loc, loc + (filled - loc).clamp(-width, width)
 
 
 def _principal(centred: Tensor, latent_dim: int) -> tuple[Tensor, Tensor]:

@@ -351,8 +351,10 @@ def inner(message: Tensors, statistics: Mapping[str, Tensor]) -> Tensor:
     if "df" not in message:
         return total - 0.5 * (size - 1) * _LOG_2PI * latent.mean
     half = 0.5 * message["df"]
+    # As many scales as rows, or as observed cells.
+    count = statistics.get("rows", statistics["count"])
     scales = (
-        (message["df_constant"] - 0.5 * (size - 1) * _LOG_2PI) * statistics["rows"]
+        (message["df_constant"] - 0.5 * (size - 1) * _LOG_2PI) * count
         + statistics["volume"]
         + (half - 1.0) * statistics["log_scale"]
         - half * statistics["scale"]

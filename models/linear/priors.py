@@ -71,9 +71,15 @@ def prior_sites(*, learned: bool, scaled: bool) -> tuple[str, ...]:
 
 
 def default_priors(
-    scales: Scales, latent_dim: int, *, shared: bool, learned: bool, scaled: bool
+    scales: Scales,
+    latent_dim: int,
+    *,
+    shared: bool,
+    learned: bool,
+    scaled: bool,
+    cellwise: bool = False,
 ) -> dict[str, Distribution]:
-    """Weakly informative priors in the data's units."""
+    """Weakly informative priors in the data's units; ``cellwise`` has a ``df`` for each column."""
     offset, scale = scales.offset, scales.scale
     noise = scale[:1].reshape(()) if shared else scale
     found: dict[str, Distribution] = {}
@@ -89,12 +95,17 @@ def default_priors(
     half = torch.full_like(noise, 0.5)
     found["noise_scale"] = RootInverseGamma(half, half * (_NOISE * noise).square())
     if scaled:
-        found["df"] = dist.Gamma(torch.full_like(scale[0], 2.0), 0.1)
+        found["df"] = dist.Gamma(torch.full_like(scale if cellwise else scale[0], 2.0), 0.1)
     return found
 
 
 def given_priors(
-    priors: Mapping[str, Any], num_columns: int, latent_dim: int, *, shared: bool
+    priors: Mapping[str, Any],
+    num_columns: int,
+    latent_dim: int,
+    *,
+    shared: bool,
+    cellwise: bool = False,
 ) -> dict[str, Any]:
     """The given priors, checked against the sites they are for, and expanded to them."""
     shapes: dict[str, tuple[tuple[int, ...], constraints.Constraint]] = {
@@ -102,7 +113,7 @@ def given_priors(
         "precision": ((latent_dim,), constraints.positive),
         "loc": ((num_columns,), constraints.real),
         "noise_scale": (() if shared else (num_columns,), constraints.positive),
-        "df": ((), constraints.positive),
+        "df": ((num_columns,) if cellwise else (), constraints.positive),
     }
     found = {}
     for site, prior in priors.items():
@@ -120,7 +131,12 @@ def given_priors(
 
 
 def sample_sites(
-    priors: Mapping[str, Any], num_columns: int, latent_dim: int, *, shared: bool
+    priors: Mapping[str, Any],
+    num_columns: int,
+    latent_dim: int,
+    *,
+    shared: bool,
+    cellwise: bool = False,
 ) -> dict[str, Tensor]:
     """The Pyro statements of the parameters, in the data's units."""
     values: dict[str, Tensor] = {}
@@ -140,7 +156,7 @@ def sample_sites(
     sample("loc", priors["loc"], 1)
     sample("noise_scale", priors["noise_scale"], 0 if shared else 1)
     if "df" in priors:
-        sample("df", priors["df"], 0)
+        sample("df", priors["df"], int(cellwise))
     return values
 
 

@@ -1,4 +1,4 @@
-"""The conjugate block of a linear model whose rows have scales of their own."""
+"""The conjugate block of a linear model whose rows, or cells, have scales of their own."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from bayesgen import rng
 from bayesgen.conjugate import Block
 from bayesgen.models.families.degrees_of_freedom import DegreesOfFreedom
 
@@ -22,17 +23,21 @@ _START_DF = 4.0
 
 @dataclass(frozen=True, eq=False)
 class RobustBlock(Block):
-    """Loadings, mean and noise given the rows' scales, and the degrees of freedom of these.
+    """Loadings, mean and noise given the scales, and the degrees of freedom of these.
 
-    Statistics are those of :func:`~bayesgen.models.linear.latents.from_rows` with ``df``.
+    Statistics are those of :func:`~bayesgen.models.linear.latents.from_rows` with ``df``, or of
+    :func:`~bayesgen.models.linear.cells.from_cells`. Degrees of freedom are ``(..., 1)`` for rows,
+    ``(..., d)`` for cells, one a column.
 
     Args:
         normal: The block of a Gaussian model.
         degrees: The degrees of freedom.
+        is_cellwise: Whether each cell has a scale of its own.
     """
 
     normal: LoadingsBlock
     degrees: DegreesOfFreedom
+    is_cellwise: bool = False
 
     @property
     def floor(self) -> Tensor:
@@ -43,11 +48,10 @@ class RobustBlock(Block):
     def sites(self) -> tuple[str, ...]:
         return (*self.normal.sites, *(() if self.degrees.is_fixed else ("df",)))
 
-    @staticmethod
-    def _scales(statistics: Tensors) -> dict[str, Tensor]:
-        """The statistics as the degrees of freedom take them: one component."""
+    def _scales(self, statistics: Tensors) -> dict[str, Tensor]:
+        """The statistics as the degrees of freedom take them: one component, or the columns."""
         return {
-            "count": statistics["rows"],
+            "count": statistics["count" if self.is_cellwise else "rows"],
             "log_scale": statistics["log_scale"],
             "moments": statistics["scale"].unsqueeze(-1),
         }
@@ -76,7 +80,7 @@ class RobustBlock(Block):
     def maximise(
         self, statistics: Tensors, previous: Tensors | None = None, *, flat: bool = False
     ) -> dict[str, Tensor]:
-        """As for the Gaussian model; maximum likelihood lets the mean scale float as well.
+        """As for the Gaussian model; maximum likelihood lets rows' mean scale float as well.
 
         A mean scale other than one is the same as a smaller noise and latent covariance, which is
         where it goes: the steps to an optimum become far fewer.
@@ -88,7 +92,7 @@ class RobustBlock(Block):
         """
         values = self.normal.maximise(statistics, previous, flat=flat)
         scales = self._scales(statistics)
-        if flat:
+        if flat and not self.is_cellwise:
             mean = statistics["scale"] / statistics["rows"]
             values["variance"] = torch.maximum(values["variance"] / mean, self.floor)
             scales["log_scale"] = scales["log_scale"] - statistics["rows"] * mean.log()
@@ -102,11 +106,51 @@ class RobustBlock(Block):
         self, statistics: Tensors, previous: Tensors | None, *, generator: torch.Generator
     ) -> dict[str, Tensor]:
         values = self.normal.draw(statistics, previous, generator=generator)
-        df = self.degrees.draw(self._scales(statistics), previous, generator=generator)
+        scales = self._scales(statistics)
+        if self.is_cellwise:
+            factor = self._stretch(values, scales, previous, generator)
+            values["variance"] = values["variance"] * factor
+            values["stretch"] = factor
+            scales["log_scale"] = scales["log_scale"] + scales["count"] * factor.log()
+            scales["moments"] = scales["moments"] * factor.unsqueeze(-1)
+        df = self.degrees.draw(scales, previous, generator=generator)
         return self._values(values, df)
 
-    def natural(self, values: Tensors) -> dict[str, Tensor]:
-        lead = values["loc"][..., :1]
+    def _stretch(
+        self,
+        values: Tensors,
+        scales: Tensors,
+        previous: Tensors | None,
+        generator: torch.Generator,
+    ) -> Tensor:
+        r"""A factor ``(..., 1)`` of the noise's variance and of all scales, for faster mixing.
+
+        The likelihood sees :math:`\sigma^2 / u_{ij}` alone. Given that, the factor follows a Gamma,
+        up to the prior of the noise, by which it is accepted.
+
+        References:
+            Liu & Wu (1999). Parameter expansion for data augmentation. JASA 94.
+        """
+        own = None if previous is None else previous.get("df")
+        df = self._start_df(values) if own is None else own
+        power = 0.5 * (scales["count"] * df).sum(-1, keepdim=True)
+        rate = 0.5 * (scales["moments"].squeeze(-1) * df).sum(-1, keepdim=True)
+        factor = rng.gamma(power, generator) / rate
+        moved = {**values, "variance": values["variance"] * factor}
+        # In the basis of the variance's logarithm, as the factor's law is.
+        ratio = self.normal.log_noise_prior(moved) - self.normal.log_noise_prior(values)
+        uniform = torch.rand(
+            ratio.shape, generator=generator, dtype=ratio.dtype, device=ratio.device
+        )
+        accepted = (uniform.log() < ratio).unsqueeze(-1)
+        return torch.where(accepted, factor, torch.ones_like(factor))
+
+    def _start_df(self, values: Tensors) -> Tensor:
+        lead = values["loc"] if self.is_cellwise else values["loc"][..., :1]
         start = self.degrees.grid if self.degrees.is_fixed else torch.full_like(lead, _START_DF)
-        df = values.get("df", start.expand(lead.shape))
-        return {**self.normal.natural(values), **self.degrees.natural(df)}
+        return start.expand(lead.shape)
+
+    def natural(self, values: Tensors) -> dict[str, Tensor]:
+        df = values.get("df", self._start_df(values))
+        message = {**self.normal.natural(values), **self.degrees.natural(df)}
+        return message | ({"stretch": values["stretch"]} if "stretch" in values else {})
