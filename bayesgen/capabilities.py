@@ -121,6 +121,11 @@ class Scored(ABC):
         ``NaN`` entries of ``x`` are integrated out exactly where the model can.
         """
 
+    @property
+    def is_estimated(self) -> bool:
+        """Whether it is an estimate, so dear that what can do without it should."""
+        return False
+
 
 class Pointwise(ABC):
     """A log density of each of its own observed values: what cross-validation needs."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["agreement", "compare", "leave_one_out", "summarise", "to_arviz"]
 
 _MAX_ELEMENTS = 20_000_000
+_ESTIMATES = 50_000  # of log densities, at a tenth of a millisecond to a millisecond each
 
 Arrays = dict[str, "NDArray[Any]"]
 
@@ -106,6 +107,17 @@ class _Export:
             )
         return size <= self.max_elements
 
+    def _affordable(self, size: int) -> bool:
+        """Whether an estimated density is cheap enough for every draw and row."""
+        model = self.fit.model
+        dear = isinstance(model, Scored) and model.is_estimated and size > _ESTIMATES
+        if dear:
+            self.attrs["log_likelihood_skipped"] = (
+                f"{size:,} estimates of a density that has no closed form, above {_ESTIMATES:,}: "
+                "they would take minutes; fit.log_likelihood(x) makes them"
+            )
+        return not dear
+
     def data(self, log_likelihood: bool) -> None:
         """``observed_data`` and ``log_likelihood``."""
         fit, num_draws = self.fit, self.fit.num_chains * self.fit.num_draws
@@ -122,7 +134,9 @@ class _Export:
             self.coords["row"] = list(range(len(rows)))
             self.dims["x"] = ["row", "column"]
             if log_likelihood and isinstance(fit.model, Scored):
-                if self._fits("log_likelihood", num_draws * len(rows)):
+                if self._affordable(num_draws * len(rows)) and self._fits(
+                    "log_likelihood", num_draws * len(rows)
+                ):
                     self.groups["log_likelihood"] = _numpy({"x": fit.log_likelihood(fit.data)})
         elif log_likelihood:
             reason = "the fit does not hold its training data in memory"

@@ -48,7 +48,7 @@ import torch
 from torch import Tensor
 
 from bayesgen import rng
-from bayesgen.capabilities import Conditional, Model, require
+from bayesgen.capabilities import Conditional, Model, Scored, require
 from bayesgen.conformal import (
     benjamini_hochberg,
     check_fdr,
@@ -75,7 +75,7 @@ __all__ = [
 ]
 
 Method = Literal["given", "split", "cross", "model"]
-_SIMULATED_ROWS = 10_000
+_SIMULATED_ROWS, _ESTIMATED_ROWS = 10_000, 1_000  # the latter where each score is an estimate
 _COMPARED_ROWS = 200_000  # training rows up to which new rows are searched among them
 
 # Refits are dear: those made on behalf of a fit live as long as the fit does.
@@ -347,7 +347,8 @@ def _calibration(
     if isinstance(given, Calibration):
         return given
     if isinstance(given, str) and given == "model":
-        rows = fit.sample(_SIMULATED_ROWS, seed=seed)
+        dear = isinstance(fit.model, Scored) and fit.model.is_estimated
+        rows = fit.sample(_ESTIMATED_ROWS if dear else _SIMULATED_ROWS, seed=seed)
         return _unseen(rows.to(torch.float64), "model")
     if given is not None:
         return _unseen(_tensor(as_dataset(given, schema=fit.schema)).to(fit.device), "given")

@@ -22,6 +22,7 @@ from bayesgen.models.families.degrees_of_freedom import DegreesOfFreedom
 from bayesgen.models.linear.base import LinearModel, scale_tril_of
 from bayesgen.models.linear.cell_laws import CellConditional, CellLatents, CellRows
 from bayesgen.models.linear.cells import from_cells
+from bayesgen.models.linear.latent_integral import TOLERANCE
 from bayesgen.models.linear.robust import RobustBlock
 from bayesgen.models.linear.rows import Rows, Sums
 
@@ -55,7 +56,8 @@ class RobustPCA(LinearModel, Continued):
 
     * the density of a row has no closed form. :meth:`log_prob`, :meth:`encode` and
       :meth:`condition` come from weighted points of its latent, added until the standard error is
-      0.01 nats (:meth:`log_prob_error` has it); where 32,768 do not suffice a warning says so;
+      0.01 nats (:meth:`log_prob_error` has it); where 131,072 leave 0.02 a
+      warning says so;
     * EM maximises a lower bound of the likelihood, that of the best normal latents and Gamma
       scales independent of them; VB's bound is theirs as well. Gibbs and NUTS are exact;
     * ``noise_scale`` and the covariance are those of cells of scale one.
@@ -137,6 +139,11 @@ class RobustPCA(LinearModel, Continued):
         dims = {"scatter" if k == "covariance" else k: v for k, v in super().dims.items()}
         return {**dims, **own}
 
+    @property
+    def attrs(self) -> Mapping[str, Any]:
+        """Of cells, the standard error at which the estimate of a log density is good enough."""
+        return {"log_prob_tolerance": TOLERANCE} if self.is_cellwise else {}
+
     def invariants(self, draws: Tensors) -> dict[str, Tensor]:
         """As for PPCA, with ``scatter`` for the covariance: that of rows or cells of scale one."""
         found = super().invariants(draws)
@@ -174,13 +181,16 @@ class RobustPCA(LinearModel, Continued):
         pyro.sample("x", law.to_event(1), obs=batch)
 
     def _cells(self, x: Tensor, draws: Tensors) -> CellRows:
-        names = ("loc", "loadings", "noise_scale")
-        return CellRows(x, *(draws[name] for name in names), self._df(draws))
+        return CellRows(x, draws["loc"], draws["loadings"], draws["noise_scale"], self._df(draws))
 
     def log_prob(self, x: Tensor, draws: Tensors) -> Tensor:
         if not self.is_cellwise:
             return super().log_prob(x, draws)
         return self._cells(x, draws).log_prob()[0]
+
+    @property
+    def is_estimated(self) -> bool:
+        return self.is_cellwise
 
     def log_prob_error(self, x: Tensor, draws: Tensors) -> Tensor:
         """Standard error ``(*draw, n)`` of :meth:`log_prob`, in nats: zero with scales of rows."""
@@ -275,8 +285,9 @@ class RobustPCA(LinearModel, Continued):
     def _df_prior(self) -> torch.distributions.Distribution:
         """The prior of one number: engines on conjugate blocks take one for all columns."""
         prior = self.priors.get("df", dist.Gamma(torch.tensor(2.0, dtype=torch.float64), 0.1))
-        if not isinstance(prior, torch.distributions.Distribution) or prior.batch_shape:
-            what = "a callable" if callable(prior) else "one for each column"
+        is_law = isinstance(prior, torch.distributions.Distribution)
+        if not is_law or prior.batch_shape:
+            what = "one for each column" if is_law else "a callable"
             raise TypeError(
                 f"the prior of 'df' is {what}, so EM, VB and Gibbs cannot use it. Give a "
                 "distribution of one number such as Gamma(2, 0.1), or fit with NUTS or SVI."

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 
 __all__ = ["CellConditional", "CellLatents", "CellRows"]
 
+_WARNED = (
+    2.0 * TOLERANCE
+)  # an error estimated from eight replicates passes the tolerance by chance
+
 
 @dataclass(frozen=True, eq=False)
 class CellRows:
@@ -111,11 +115,11 @@ class CellRows:
 
 
 def _warn(error: Tensor) -> None:
-    above = error > TOLERANCE
+    above = error > _WARNED
     if bool(above.any()):
         warnings.warn(
             f"{int(above.sum())} of {above.numel()} log densities have a standard error above "
-            f"{TOLERANCE} nats, the largest {float(error.max()):.3g}: their rows fit in several "
+            f"{_WARNED} nats, the largest {float(error.max()):.3g}: their rows fit in several "
             "ways at once.",
             UserWarning,
             stacklevel=4,
@@ -123,22 +127,22 @@ def _warn(error: Tensor) -> None:
 
 
 def _moments(pairs: CellParameters, points: Points) -> tuple[Tensor, Tensor, Tensor]:
-    weight = points.log_weights.exp().unsqueeze(-2)
-    loc = weight @ points.latents
+    weight = points.log_weights.exp().unsqueeze(-1)
+    loc = points.latents @ weight
     centred = points.latents - loc
-    covariance = (centred * weight.mT).mT @ centred
-    residual = pairs.y.unsqueeze(-2) - points.latents @ pairs.loadings.mT
-    df = pairs.df.unsqueeze(-2)
-    scale = weight @ ((df + 1.0) / (df + residual.square()))
-    return loc.squeeze(-2), covariance, scale.squeeze(-2)
+    covariance = (centred * weight.mT) @ centred.mT
+    residual = pairs.y.unsqueeze(-1) - pairs.loadings @ points.latents
+    df = pairs.df.unsqueeze(-1)
+    scale = ((df + 1.0) / (df + residual.square())) @ weight
+    return loc.squeeze(-1), covariance, scale.squeeze(-1)
 
 
 def _choose(pairs: CellParameters, points: Points) -> tuple[Tensor]:
     if not len(pairs.y):
-        return (points.latents[:, 0],)
+        return (points.latents[..., 0],)
     index = torch.multinomial(points.log_weights.exp(), 1)
-    index = index.unsqueeze(-1).expand(-1, -1, points.latents.shape[-1])
-    return (points.latents.gather(1, index).squeeze(1),)
+    index = index.unsqueeze(-2).expand(-1, points.latents.shape[-2], -1)
+    return (points.latents.gather(-1, index).squeeze(-1),)
 
 
 class CellLatents(Distribution):
@@ -177,11 +181,11 @@ class CellLatents(Distribution):
     @torch.no_grad()
     def log_prob(self, value: Tensor) -> Tensor:
         index = torch.arange(len(self.rows), device=value.device)
-        value = value.expand(*self.rows.lead, -1).reshape(len(self.rows), 1, -1).double()
+        value = value.expand(*self.rows.lead, -1).reshape(len(self.rows), -1, 1).double()
         joint = log_integrand(self.rows.pick(index), value).squeeze(-1)
         return self.rows.shaped(joint - log_integral(self.rows)[0])
 
-    def sample(self, sample_shape: Size | tuple[int, ...] = ()) -> Tensor:
+    def sample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         drawn = [self.rows.draw() for _ in range(math.prod(sample_shape))]
         return torch.stack(drawn).reshape(*sample_shape, *drawn[0].shape)
 
@@ -243,7 +247,7 @@ class CellConditional(Distribution):
         joint = CellRows(whole, rows.loc, rows.loadings, rows.noise, rows.df)
         return joint.log_prob()[0] - rows.log_prob()[0]
 
-    def sample(self, sample_shape: Size | tuple[int, ...] = ()) -> Tensor:
+    def sample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         drawn = [self._draw() for _ in range(math.prod(sample_shape))]
         return torch.stack(drawn).reshape(*sample_shape, *drawn[0].shape)
 

@@ -108,7 +108,7 @@ class _Step:
     def first(self) -> Tensor:
         """Scales given latents at their prior, then some rounds of ascent."""
         q, lead = self.size - 1, self.linear.shape[:-2]
-        mean = self.values.new_zeros((*lead, len(self.values), q))
+        mean = self.values.new_zeros((*lead, self.values.shape[-2], q))
         eye = torch.eye(q, dtype=mean.dtype, device=mean.device)
         scales = self.expected(self.distance(mean, self.second(mean, eye)))
         return self.rounds(scales, _FIRST_ROUNDS)

@@ -47,17 +47,18 @@ __all__ = [
 TOLERANCE = 0.01
 """Standard error, in nats, at which the number of points stops growing."""
 
-_LOG_2PI = math.log(2.0 * math.pi)
+_LOG_2PI, _LARGEST = math.log(2.0 * math.pi), 1e38
 _SEED = 20_000_701
 _REPLICATES = 8
-_SIZES = (512, 2048, 8192, 32768)
-_BUDGET = 2**22  # numbers alive at once
+_PILOT, _SIZES = 256, (512, 2048, 8192, 32768, 131072)
+_BUDGET, _TOGETHER = 2**18, 2**19  # numbers alive at once: few enough for the cache
 _SETS = 32  # small sets of entries that starts come from
 _STARTS, _CLIMB, _CLIMB_ALL = 8, 3, 7
 _NEAR = 0.5  # squared distance, in posterior variances, of modes that are one
 _DROP = 14.0  # nats below the best at which a mode is left out
-_PRIOR, _WIDE = 0.08, 0.2  # shares of the prior and of the wide normals
-_NARROW_SCALE, _WIDE_SCALE = 1.1, 2.5
+_PRIOR, _WIDE = 0.05, 0.3  # shares of the prior and of the wide normals
+_NARROW_SCALE, _WIDE_SCALE = 1.0, 1.8
+_LEAST, _TINY = 0.01, 1e-300  # share of a mode; what divides
 
 
 class CellParameters(NamedTuple):
@@ -90,7 +91,7 @@ class Points(NamedTuple):
     """Weighted latents of each pair, and the integral that they estimate."""
 
     latents: Tensor
-    """``(p, m, q)``."""
+    """``(p, q, m)``: along the points in memory, which sums over a few latents like."""
     log_weights: Tensor
     """``(p, m)``, normalised: their exponentials sum to one."""
     log_integral: Tensor
@@ -112,16 +113,18 @@ def _log_constant(pairs: CellParameters) -> Tensor:
 
 
 def _residual(pairs: CellParameters, latents: Tensor) -> Tensor:
-    """``(p, m, d)`` at latents ``(p, m, q)``."""
-    return pairs.y.unsqueeze(-2) - latents @ pairs.loadings.mT
+    """``(p, d, m)`` at latents ``(p, q, m)``."""
+    return torch.baddbmm(pairs.y.unsqueeze(-1), pairs.loadings, latents, alpha=-1.0)
 
 
 def _log_joint(pairs: CellParameters, latents: Tensor) -> Tensor:
-    """Log integrand less :func:`_log_constant`, ``(p, m)``."""
-    power = (0.5 * (pairs.df + 1.0) * pairs.observed).unsqueeze(-1)
-    inside = torch.log1p(_residual(pairs, latents).square_() / pairs.df.unsqueeze(-2))
-    prior = -0.5 * (latents.square().sum(-1) + latents.shape[-1] * _LOG_2PI)
-    return prior - (inside @ power).squeeze(-1)
+    """Log integrand less :func:`_log_constant`, ``(p, m)``, at latents ``(p, q, m)``."""
+    power = (0.5 * (pairs.df + 1.0) * pairs.observed).unsqueeze(-2)
+    ratio = _residual(pairs, latents).square_().div_(pairs.df.unsqueeze(-1))
+    # Logarithms are much of the work, and single precision is far within the tolerance.
+    inside = power.float() @ ratio.clamp_max_(_LARGEST).float().log1p_()
+    prior = -0.5 * (latents.square().sum(-2) + latents.shape[-2] * _LOG_2PI)
+    return prior - inside.squeeze(-2).double()
 
 
 # ------------------------------------------------------------------ modes
@@ -151,7 +154,7 @@ def _climb(pairs: CellParameters, latents: Tensor, steps: int) -> tuple[Tensor, 
     df = pairs.df.unsqueeze(-2)
     tril = latents
     for _ in range(steps):
-        weight = (df + 1.0) / (df + _residual(pairs, latents).square())
+        weight = (df + 1.0) / (df + _residual(pairs, latents.mT).mT.square())
         latents, tril = _implied(pairs, weight * pairs.observed.unsqueeze(-2))
     return latents, tril
 
@@ -165,7 +168,7 @@ def _starts(pairs: CellParameters) -> Tensor:
     member[-1] = 1.0
     found, _ = _implied(pairs, member * pairs.observed.unsqueeze(-2))
     found = torch.cat([found, torch.zeros_like(found[:, :1])], 1)
-    best = _log_joint(pairs, found).topk(min(_STARTS, found.shape[1]), -1).indices
+    best = _log_joint(pairs, found.mT).topk(min(_STARTS, found.shape[1]), -1).indices
     return found.gather(1, best.unsqueeze(-1).expand(-1, -1, q))
 
 
@@ -188,7 +191,7 @@ def _modes(pairs: CellParameters) -> _Mixture:
     latents, _ = _climb(pairs, _starts(pairs), _CLIMB)
     # Where one start has gone is enough: the rest of the climb is for those that stand apart.
     latents, tril = _climb(pairs, latents, 1)
-    height = _log_joint(pairs, latents) - tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    height = _log_joint(pairs, latents.mT) - tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     order = height.argsort(-1, descending=True)
     q = latents.shape[-1]
     latents = latents.gather(1, order.unsqueeze(-1).expand(-1, -1, q))
@@ -200,11 +203,8 @@ def _modes(pairs: CellParameters) -> _Mixture:
     latents = latents.gather(1, index.unsqueeze(-1).expand(-1, -1, q))
     alive = kept.gather(1, index)
     latents, tril = _climb(pairs, latents, _CLIMB_ALL)
-    height = _log_joint(pairs, latents) - tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    log_share = height.masked_fill(~alive, -torch.inf).log_softmax(-1)
-    floor = math.log(0.02)
-    log_share = torch.where(alive, log_share.clamp_min(floor), -torch.inf).log_softmax(-1)
-    return _Mixture(latents, _scale_of(tril), log_share)
+    height = _log_joint(pairs, latents.mT) - tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return _Mixture(latents, _scale_of(tril), _shares(height.masked_fill(~alive, -torch.inf)))
 
 
 def _scale_of(precision_tril: Tensor) -> Tensor:
@@ -233,91 +233,89 @@ def _sobol(dim: int, num: int) -> Tensor:
     return torch.cat(parts).clamp(tiny, 1.0 - tiny)
 
 
-def _components(proposal: _Mixture) -> tuple[Tensor, Tensor]:
-    """Shares ``(p, 2 k + 1)`` of the normals - narrow, wide, prior - and their scales ``(2,)``."""
-    share = proposal.log_share.exp() * (1.0 - _PRIOR)
-    prior = torch.full_like(share[:, :1], _PRIOR)
-    both = torch.cat([share * (1.0 - _WIDE), share * _WIDE, prior], -1)
-    return both, share.new_tensor([_NARROW_SCALE, _WIDE_SCALE])
-
-
 def _draw(proposal: _Mixture, points: Tensor) -> Tensor:
-    """Latents ``(p, m, q)`` at points ``(m, q + 1)``, the first of which chooses the normal."""
-    p, k, q = proposal.loc.shape
-    share, scales = _components(proposal)
-    edges = share.cumsum(-1)
-    edges = edges / edges[:, -1:]
-    choice = points[:, 0].to(edges).expand(p, -1).contiguous()
-    which = torch.searchsorted(edges.contiguous(), choice).clamp_max(2 * k)
-    noise = torch.special.ndtri(points[:, 1:]).to(edges)
-    loc = torch.cat([proposal.loc, proposal.loc, torch.zeros_like(proposal.loc[:, :1])], 1)
-    eye = torch.eye(q, dtype=edges.dtype, device=edges.device).expand(p, 1, q, q)
-    tril = proposal.scale_tril
-    tril = torch.cat([tril * scales[0], tril * scales[1], eye], 1)
-    loc = loc.gather(1, which.unsqueeze(-1).expand(-1, -1, q))
-    picked = tril.flatten(-2).gather(1, which.unsqueeze(-1).expand(-1, -1, q * q))
-    step = (picked.unflatten(-1, (q, q)) @ noise.unsqueeze(-1)).squeeze(-1)
-    return loc + step
+    """Latents ``(p, q, m)`` at points ``(m, q + 1)``, the first of which chooses the normal."""
+    noise = torch.special.ndtri(points[:, 1:].mT).to(proposal.loc)
+    choice = points[:, 0].to(noise)
+    prior, wide = choice < _PRIOR, choice < _PRIOR + (1.0 - _PRIOR) * _WIDE
+    # What is left of the choice, stretched to (0, 1) within the prior, the wide and the narrow.
+    start = torch.where(wide, _PRIOR, _PRIOR + (1.0 - _PRIOR) * _WIDE)
+    length = torch.where(wide, (1.0 - _PRIOR) * _WIDE, (1.0 - _PRIOR) * (1.0 - _WIDE))
+    choice = (choice - start) / length
+    scaled = noise * torch.where(wide, _WIDE_SCALE, _NARROW_SCALE)
+    latents = noise.expand(len(proposal.loc), -1, -1)
+    edge = proposal.log_share.exp().cumsum(-1).unsqueeze(-1)
+    for index in range(proposal.loc.shape[1]):
+        moved = proposal.loc[:, index].unsqueeze(-1) + proposal.scale_tril[:, index] @ scaled
+        if index == 0:
+            latents = torch.where(prior, latents, moved)
+        else:
+            beyond = ~prior & (choice >= edge[:, index - 1])
+            latents = torch.where(beyond.unsqueeze(-2), moved, latents)
+    return latents.contiguous()
 
 
 def _log_proposal(proposal: _Mixture, latents: Tensor) -> tuple[Tensor, Tensor]:
-    """Log density of the mixture ``(p, m)``, and of each mode's part in it ``(p, m, k)``."""
-    q = latents.shape[-1]
-    share, scales = _components(proposal)
-    log_share = share.log().unsqueeze(-2)
-    k = proposal.loc.shape[1]
-    square = []
-    for index in range(k):
-        centred = (latents - proposal.loc[:, index : index + 1]).mT
-        tril = proposal.scale_tril[:, index]
-        white = torch.linalg.solve_triangular(tril, centred, upper=False)
-        square.append(white.square().sum(-2))
-    distance = torch.stack(square, -1)
-    log_det = proposal.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1).unsqueeze(-2)
+    """Log density of the mixture ``(p, m)``, and log shares of the modes in it ``(p, k, m)``."""
+    q = latents.shape[-2]
+    eye = torch.eye(q, dtype=latents.dtype, device=latents.device)
+    inverse = torch.linalg.solve_triangular(proposal.scale_tril, eye, upper=False)
+    log_det = proposal.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     parts = []
-    for index, scale in enumerate(scales.tolist()):
-        form = -0.5 * distance / scale**2 - log_det - q * math.log(scale)
-        parts.append(form + log_share[..., index * k : (index + 1) * k])
-    modes = torch.logaddexp(*parts)
-    prior = -0.5 * latents.square().sum(-1) + log_share[..., -1]
-    total = torch.logaddexp(modes.logsumexp(-1), prior)
-    return total - 0.5 * q * _LOG_2PI, modes - 0.5 * q * _LOG_2PI
+    for index in range(proposal.loc.shape[1]):
+        white = inverse[:, index] @ (latents - proposal.loc[:, index].unsqueeze(-1))
+        square = white.square_().sum(-2)
+        narrow = (-0.5 / _NARROW_SCALE**2) * square + math.log1p(-_WIDE)
+        wide = (-0.5 / _WIDE_SCALE**2) * square + math.log(_WIDE)
+        each = torch.logaddexp(
+            narrow - q * math.log(_NARROW_SCALE), wide - q * math.log(_WIDE_SCALE)
+        )
+        own = proposal.log_share[:, index : index + 1] - log_det[:, index : index + 1]
+        parts.append(each + own + math.log1p(-_PRIOR))
+    prior = -0.5 * latents.square().sum(-2) + math.log(_PRIOR)
+    total = prior
+    for part in parts:
+        total = torch.logaddexp(total, part)
+    return total - 0.5 * q * _LOG_2PI, torch.stack(parts, -2) - total.unsqueeze(-2)
 
 
 def _weigh(pairs: CellParameters, proposal: _Mixture, num: int) -> tuple[Points, Tensor]:
+    """Weighted points, and the log shares ``(p, k, m)`` of the modes in the proposal there."""
     latents = _draw(proposal, _sobol(proposal.loc.shape[-1] + 1, num).to(pairs.y.device))
-    log_proposal, parts = _log_proposal(proposal, latents)
+    log_proposal, share = _log_proposal(proposal, latents)
     log_weights = _log_joint(pairs, latents) - log_proposal
     each = log_weights.unflatten(-1, (_REPLICATES, -1)).logsumexp(-1)
     total = each.logsumexp(-1)
     relative = (each - total.unsqueeze(-1)).exp() * _REPLICATES
     error = relative.std(-1) / math.sqrt(_REPLICATES)
     log_integral = total - math.log(num) + _log_constant(pairs)
-    share = parts - log_proposal.unsqueeze(-1)
     return Points(latents, log_weights - total.unsqueeze(-1), log_integral, error), share
 
 
 def _refit(proposal: _Mixture, points: Points, share: Tensor) -> _Mixture:
     """The normals' parts in the weighted points give their new means, covariances and shares."""
-    q = points.latents.shape[-1]
-    weight = (points.log_weights.unsqueeze(-1) + share).exp()  # (p, m, k)
-    mass = weight.sum(1)
-    inner = mass.clamp_min(1e-300).unsqueeze(-1)
-    loc = weight.mT @ points.latents / inner
-    centred = points.latents.unsqueeze(-3) - loc.unsqueeze(-2)  # (p, k, m, q)
-    covariance = (centred * weight.mT.unsqueeze(-1)).mT @ centred / inner.unsqueeze(-1)
-    effective = mass.square() / weight.square().sum(1).clamp_min(1e-300)
+    q = points.latents.shape[-2]
+    weight = (points.log_weights.unsqueeze(-2) + share).exp()  # (p, k, m)
+    mass = weight.sum(-1)
+    inner = mass.clamp_min(_TINY).unsqueeze(-1)
+    loc = weight @ points.latents.mT / inner
+    centred = points.latents.unsqueeze(-3) - loc.unsqueeze(-1)  # (p, k, q, m)
+    covariance = (centred * weight.unsqueeze(-2)) @ centred.mT / inner.unsqueeze(-1)
+    effective = mass.square() / weight.square().sum(-1).clamp_min(_TINY)
     tril, info = torch.linalg.cholesky_ex(covariance)
     sound = (info == 0) & (effective > 4.0 * (q + 1)) & (mass > 1e-6)
-    keep = proposal.log_share > -torch.inf
-    share_ = torch.where(sound, mass, proposal.log_share.exp()).log()
-    share_ = share_.log_softmax(-1).clamp_min(math.log(0.01))
-    log_share = torch.where(keep, share_, -torch.inf).log_softmax(-1)
+    height = torch.where(sound, mass.log(), proposal.log_share)
     return _Mixture(
         torch.where(sound[..., None], loc, proposal.loc),
         torch.where(sound[..., None, None], tril, proposal.scale_tril),
-        log_share,
+        _shares(height.masked_fill(proposal.log_share == -torch.inf, -torch.inf)),
     )
+
+
+def _shares(height: Tensor) -> Tensor:
+    """Log shares from log masses ``(p, k)``: none vanishes but those of no mode, ``-inf``."""
+    least = height.log_softmax(-1).clamp_min(math.log(_LEAST))
+    return least.masked_fill(height == -torch.inf, -torch.inf).log_softmax(-1)
 
 
 # ------------------------------------------------------------------ the integral
@@ -327,10 +325,10 @@ def over_latents(
     """What ``find`` makes of the weighted points of each pair: tensors ``(p, ...)``, in order.
 
     Points are added until the standard error of the log integral is at most :data:`TOLERANCE`, or
-    there are 32,768 of them.
+    there are 131,072 of them.
     """
     first = pairs.pick(torch.arange(1))
-    size = max(1, _BUDGET // (_SIZES[0] * (first.y.shape[-1] + 2)))
+    size = max(1, _TOGETHER // (_SETS * first.y.shape[-1]))
     found = [
         _over_chunk(pairs.pick(index), find)
         for index in torch.arange(len(pairs), device=first.y.device).split(size)
@@ -341,14 +339,38 @@ def over_latents(
 def _over_chunk(
     pairs: CellParameters, find: Callable[[CellParameters, Points], tuple[Tensor, ...]]
 ) -> tuple[Tensor, ...]:
+    proposal = _modes(pairs)
+    # Rows of one mode, which are most, do not pay for those of several.
+    single = (proposal.log_share > -torch.inf).sum(-1) <= 1
+    order, found = [], []
+    for mask, modes in ((single, 1), (~single, proposal.loc.shape[1])):
+        index = mask.nonzero()[:, 0]
+        if len(index):
+            own = proposal.pick(index)
+            own = _Mixture(own.loc[:, :modes], own.scale_tril[:, :modes], own.log_share[:, :modes])
+            here, parts = _over_group(pairs.pick(index), own, find)
+            order.append(index[here])
+            found.append(parts)
+    back = torch.cat(order).argsort()
+    return tuple(torch.cat(parts)[back] for parts in zip(*found, strict=True))
+
+
+def _over_group(
+    pairs: CellParameters,
+    proposal: _Mixture,
+    find: Callable[[CellParameters, Points], tuple[Tensor, ...]],
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The numbers of the pairs in the order of their tensors, and these."""
     active = torch.arange(len(pairs.y), device=pairs.y.device)
-    proposal, order, found = _modes(pairs), [], []
+    order, found = [], []
     for num in _SIZES:
         left, refitted = [], []
         size = max(1, _BUDGET // (num * (pairs.y.shape[-1] + 2)))
         for part in torch.arange(len(active), device=active.device).split(size):
             here, own = active[part], proposal.pick(part)
             these = pairs.pick(here)
+            if num == _SIZES[0]:
+                own = _refit(own, *_weigh(these, own, _PILOT))
             points, share = _weigh(these, own, num)
             done = (points.error <= TOLERANCE) | (num == _SIZES[-1])
             order.append(here[done])
@@ -360,8 +382,7 @@ def _over_chunk(
             break
         active = torch.cat(left)
         proposal = _Mixture(*(torch.cat(parts) for parts in zip(*refitted, strict=True)))
-    back = torch.cat(order).argsort()
-    return tuple(torch.cat(parts)[back] for parts in zip(*found, strict=True))
+    return torch.cat(order), tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
 
 def log_integral(pairs: Pairs) -> tuple[Tensor, Tensor]:

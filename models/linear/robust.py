@@ -125,8 +125,8 @@ class RobustBlock(Block):
     ) -> Tensor:
         r"""A factor ``(..., 1)`` of the noise's variance and of all scales, for faster mixing.
 
-        The likelihood sees :math:`\sigma^2 / u_{ij}` alone. Given that, the factor follows a Gamma,
-        up to the prior of the noise, by which it is accepted.
+        The likelihood sees :math:`\sigma^2 / u_{ij}` alone. Given that, the factor follows a
+        Gamma, up to the prior of the noise, by which it is accepted.
 
         References:
             Liu & Wu (1999). Parameter expansion for data augmentation. JASA 94.

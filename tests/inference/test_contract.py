@@ -82,6 +82,32 @@ CASES += [
         monotone=("elbo",),
     ),
     make("em-robust", lambda: EM(num_starts=2), RobustPCA(1), monotone=("objective",)),
+    make(
+        "vb-cells-holes",
+        lambda: VB(num_starts=1, num_samples=20),
+        RobustPCA(1, scales="cells"),
+        HOLES,
+        monotone=("elbo",),
+    ),
+    make(
+        "vb-cells-memoised",
+        lambda: VB(num_starts=1, num_samples=20, schedule="memoised", batch_size=30),
+        RobustPCA(1, scales="cells"),
+        monotone=("elbo",),
+    ),
+    make(
+        "em-cells",
+        lambda: EM(num_starts=2),
+        RobustPCA(1, scales="cells"),
+        monotone=("objective",),
+    ),
+    make(
+        "gibbs-cells-holes",
+        lambda: Gibbs(**GIBBS),
+        RobustPCA(1, scales="cells"),
+        HOLES,
+        resume_after=15,
+    ),
     make("gibbs-ppca", lambda: Gibbs(**GIBBS), PPCA(1), resume_after=15),
     make("gibbs-robust-holes", lambda: Gibbs(**GIBBS), RobustPCA(1), HOLES, resume_after=15),
 ]

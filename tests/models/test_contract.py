@@ -107,6 +107,7 @@ CASES = {
     "ppca-offset": (lambda: PPCA(1), lambda: real(2) + 1e6),
     "factor-analysis-2": (lambda: FactorAnalysis(1), lambda: real(2)),
     "robust-pca": (lambda: RobustPCA(1), lambda: real(2)),
+    "robust-pca-cells": (lambda: RobustPCA(1, scales="cells"), lambda: real(3)),
     "robust-pca-fixed": (lambda: RobustPCA(2, df=5.0), lambda: real(4)),
     "ppca": (lambda: PPCA(2), lambda: real(4)),
     "factor-analysis": (lambda: FactorAnalysis(2), lambda: real(4)),
