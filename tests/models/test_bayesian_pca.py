@@ -343,7 +343,7 @@ def sbc(num_simulations, **settings):
 
 def test_calibration():
     ranks = sbc(250)
-    assert ranks.p_value > 1e-3, ranks
+    assert ranks.p_value > 0.02, ranks
 
 
 def test_calibration_catches_a_posterior_too_narrow(monkeypatch):
@@ -360,7 +360,7 @@ def test_calibration_catches_a_posterior_too_narrow(monkeypatch):
 @pytest.mark.slow
 def test_calibration_at_length():
     ranks = sbc(2000, num_draws=63, thinning=12, num_warmup=300)
-    assert ranks.p_value > 1e-3, ranks
+    assert ranks.p_value > 0.02, ranks
 
 
 # ------------------------------------------------------------------ mixing
