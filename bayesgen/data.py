@@ -180,7 +180,8 @@ def _read(
     assert schema is not None
     if stream:
         return Dataset(schema, FileRows(source, schema, chunk_rows))
-    parts = [encode(p, schema) if isinstance(p, RawTable) else p for p in kept]
+    # What is raw here went through the scan, which refuses infinities.
+    parts = [encode(p, schema, is_finite=True) if isinstance(p, RawTable) else p for p in kept]
     return Dataset(schema, MemoryRows(parts[0] if len(parts) == 1 else torch.cat(parts)))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any, final
 
 import numpy as np
@@ -15,9 +16,6 @@ from bayesgen.tables.moments import ColumnSummary, summarise
 from bayesgen.tables.rows import MemoryRows, Rows, SubsetRows, permutation
 
 __all__ = ["Dataset"]
-
-_PIECE = 2**16
-"""Numbers fingerprinted at once."""
 
 
 @final
@@ -31,8 +29,6 @@ class Dataset:
     def __init__(self, schema: Schema, rows: Rows) -> None:
         self._schema = schema
         self._rows = rows
-        self._summary: ColumnSummary | None = None
-        self._fingerprint: str | None = None
 
     @classmethod
     def from_codes(cls, values: Tensor, schema: Schema) -> Dataset:
@@ -247,14 +243,36 @@ class Dataset:
 
     # -------------------------------------------------------------- what is in it
     def summary(self) -> ColumnSummary:
-        """Count, mean, variance, minimum and maximum of the observed entries of each column.
+        """Count, mean and variance of the observed entries of each column.
 
         In float64 on the CPU, exact at any offset; computed in one pass, once.
         """
-        if self._summary is None:
-            blocks = (block.to("cpu") for block in self._rows.blocks())
-            self._summary = summarise(blocks, self.columns)
-        return self._summary
+        return self._looked[0]
+
+    @cached_property
+    def _looked(self) -> tuple[ColumnSummary, str]:
+        """Summary and fingerprint: both look at every entry, once and together."""
+        digest = hashlib.sha256(repr(self._schema.to_config()).encode())
+        weights = hashlib.shake_256(b"rows").digest(8 * self.num_columns)
+        odd = np.frombuffer(weights, dtype="<u8") | np.uint64(1)
+
+        def visit(piece: Tensor, gaps: bool) -> None:
+            digest.update(_row_numbers(piece, odd, gaps=gaps))
+
+        blocks = (block.to("cpu") for block in self._rows.blocks())
+        summary = summarise(blocks, self.columns, visit)
+        return summary, digest.hexdigest()
+
+    def extremes(self) -> tuple[Tensor, Tensor]:
+        """Smallest and largest observed entry of each column, ``(d,)``; NaN without any."""
+        low = torch.full((self.num_columns,), torch.inf, dtype=torch.float64)
+        high = -low
+        for block in self._rows.blocks():
+            x = block.to("cpu", torch.float64)
+            low = torch.minimum(low, x.nan_to_num(nan=torch.inf).amin(0))
+            high = torch.maximum(high, x.nan_to_num(nan=-torch.inf).amax(0))
+        empty = low > high
+        return low.masked_fill(empty, torch.nan), high.masked_fill(empty, torch.nan)
 
     def fingerprint(self) -> str:
         """SHA-256 of the schema and of a 64-bit number a row, however the rows are held.
@@ -263,25 +281,17 @@ class Dataset:
         modulo 2^64: one changed entry of a row always shows, several escape with a chance of some
         2^-40. It guards against mistakes, not against forgery.
         """
-        if self._fingerprint is None:
-            digest = hashlib.sha256(repr(self._schema.to_config()).encode())
-            weights = hashlib.shake_256(b"rows").digest(8 * self.num_columns)
-            odd = np.frombuffer(weights, dtype="<u8") | np.uint64(1)
-            for block in self._rows.blocks():
-                for piece in block.split(max(1, _PIECE // max(1, self.num_columns))):
-                    digest.update(_row_numbers(piece.to("cpu", torch.float64), odd))
-            self._fingerprint = digest.hexdigest()
-        return self._fingerprint
+        return self._looked[1]
 
 
-def _row_numbers(values: Tensor, odd: np.ndarray[Any, Any]) -> bytes:
+def _row_numbers(values: Tensor, odd: np.ndarray[Any, Any], *, gaps: bool) -> bytes:
     """One number of 64 bits for each row."""
     bits = values.contiguous().numpy().view(np.uint64)
     mixed = bits >> np.uint64(32)
     mixed ^= bits  # low bits, which short numbers leave empty, hear of the high ones
-    if bool(values.isnan().any()):
+    if gaps:
         mixed[values.isnan().numpy()] = np.uint64(2**63 - 1)  # one NaN of the many
-    numbers: np.ndarray[Any, Any] = mixed @ odd
+    numbers: np.ndarray[Any, Any] = np.einsum("ij,j->i", mixed, odd)
     return numbers.astype("<u8").tobytes()
 
 

@@ -63,8 +63,10 @@ def match_columns(raw: RawTable, schema: Schema) -> list[int]:
     return [where[name] for name in schema.columns]
 
 
-def encode(raw: RawTable, schema: Schema, offset: int = 0) -> Tensor:
+def encode(raw: RawTable, schema: Schema, offset: int = 0, *, is_finite: bool = False) -> Tensor:
     """The rows as ``(m, d)`` checked numbers in the schema's order; ``offset`` counts rows before.
+
+    ``is_finite`` says that infinities have been looked for already.
 
     Raises:
         ValueError: For columns that do not match, infinite entries, text in a number column,
@@ -72,7 +74,8 @@ def encode(raw: RawTable, schema: Schema, offset: int = 0) -> Tensor:
             levels, and entries other than 0 and 1 in a binary column.
     """
     order = match_columns(raw, schema)
-    check_finite(raw, [schema.columns[order.index(i)] for i in range(len(order))], offset)
+    if not is_finite:
+        check_finite(raw, [schema.columns[order.index(i)] for i in range(len(order))], offset)
     values = raw.values
     if order != list(range(len(order))):
         values = values[:, order]

@@ -85,7 +85,7 @@ def sum_rows(centred: Tensor, dtype: torch.dtype, *, is_root: bool) -> Sums:
     rows = centred.to(dtype)
     matrix = rows if is_root else _gram(rows)
     count = torch.tensor(float(len(centred)), dtype=torch.float64, device=centred.device)
-    return Sums(count, centred.sum(0), matrix.double(), is_root)
+    return Sums(count, centred.new_ones(len(centred)) @ centred, matrix.double(), is_root)
 
 
 def _gram(rows: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ wine, cultivar = datasets.load("wine", with_target=True)
 wine = as_dataset(wine, columns=["alcohol", "flavanoids", "color_intensity", "hue",
                                  "od280/od315_of_diluted_wines", "proline"])
 seen, kept = wine.split(140 / 178, torch.Generator().manual_seed(1))
-low, high = wine.summary().min, wine.summary().max
+low, high = wine.extremes()
 generator = torch.Generator().manual_seed(2)
 planted = low + (high - low) * torch.rand(20, 6, generator=generator, dtype=torch.float64)
 new = torch.cat([kept.tensor(), planted])
@@ -85,7 +85,7 @@ bayesgen impute runs/holes data/wine_holes.csv --out wine_filled.csv
 
 def invented(data: Dataset, count: int, generator: torch.Generator) -> Tensor:
     """Rows with each entry drawn evenly from the range of its column."""
-    low, high = data.summary().min, data.summary().max
+    low, high = data.extremes()
     shape = (count, data.num_columns)
     return low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)
 
