@@ -182,7 +182,8 @@ def _r_hat(fit: Fit, r_hat: pd.Series[float], passed: list[str]) -> Iterator[Fin
         f"{name} is {worst:.3g} for {r_hat.idxmax()}, and above {_R_HAT} for "
         f"{_entries(int((r_hat > _R_HAT).sum()))}: chains have not found the same posterior.",
         "Run longer, with more warm-up; if it stays, look at plots.trace(fit): chains in "
-        "different modes need another parametrisation, a tighter prior or a better start.",
+        "different modes need another parametrisation, a tighter prior or a better start, such as "
+        "NUTS(start='pathfinder').",
     )
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/mcmc.py [--peers ENVIRONMENT/bin/python] [--workloads schools ...]
         [--samplers ManyChains nutpie ...] [--threads 2] [--data radon_mn.json.gz]
-        [--out rows.jsonl]
+        [--out rows.jsonl] [--rows rows.jsonl]
 
 Every contestant runs in a process of its own on the same data, on the same cores, in double
 precision. *Cold* is its first run, with tracing and compiling and without importing (caches of
@@ -11,7 +11,8 @@ The figure is the smallest bulk effective sample size of any latent entry a seco
 Means are compared with those of the reference, NumPyro's or our NUTS: a fast wrong sampler is no
 sampler. NumPyro, PyMC, nutpie and BlackJAX live in an environment without torch
 (``pip install numpyro pymc nutpie blackjax arviz``), named by ``--peers`` or ``BAYESGEN_PEERS``;
-without it they are skipped, and that is said.
+without it they are skipped, and that is said. Contestants may be run in several calls that append
+to one ``--out``; ``--rows`` then prints the tables of what was gathered, running nothing.
 """
 
 from __future__ import annotations
@@ -176,6 +177,14 @@ def report(workload, rows):
         print(f"  {temperature}, times the best peer ({best}): {text}", flush=True)
 
 
+def gathered(arguments):
+    """The tables of rows that were written by earlier calls; of a contestant, the last one."""
+    rows = [json.loads(line) for line in Path(arguments.rows).read_text().splitlines()]
+    for workload in arguments.workloads:
+        found = {r["sampler"]: r for r in rows if r["workload"] == workload}
+        report(workload, {name: found[name] for name in arguments.samplers if name in found})
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
@@ -185,7 +194,10 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--timeout", type=float, default=600.0)
     parser.add_argument("--out", help="where to append the rows as JSON lines")
+    parser.add_argument("--rows", help="print the tables of such a file, and run nothing")
     arguments = parser.parse_args()
+    if arguments.rows:
+        return gathered(arguments)
     with tempfile.TemporaryDirectory() as folder:
         for workload in arguments.workloads:
             data = WORKLOADS[workload](arguments)

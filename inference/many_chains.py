@@ -37,7 +37,7 @@ from bayesgen.inference.many_warmup import (
     take_moves,
 )
 from bayesgen.inference.run import Info, Task
-from bayesgen.inference.start import starting_points
+from bayesgen.inference.start import check_start, starting_points
 from bayesgen.inference.threads import in_one_thread
 from bayesgen.inference.traced import TracedEngine, live_r_hat
 
@@ -89,6 +89,8 @@ class ManyChains(TracedEngine[ManyState]):
         num_superchains: Groups of chains, each from one starting point.
         target_accept: Mean acceptance rate that the step size is adapted to.
         max_leapfrogs: Longest trajectory.
+        start: ``"uniform"`` within 2 of the origin on the unconstrained scale, or
+            ``"pathfinder"``: near the mass that quasi-Newton paths find, but for modes of none.
         compile: Whether gradients are compiled: True, False, or ``"auto"`` where it would pay.
         trace: False runs by Pyro's own Python, to compare with.
         dtype: Precision of everything.
@@ -112,6 +114,7 @@ class ManyChains(TracedEngine[ManyState]):
     num_superchains: int = 16
     target_accept: float = 0.9
     max_leapfrogs: int = 1024
+    start: str = "uniform"
     compile: str | bool = "auto"
     trace: bool = True
     dtype: torch.dtype = torch.float64
@@ -140,6 +143,7 @@ class ManyChains(TracedEngine[ManyState]):
                 f"ManyChains: target_accept={self.target_accept!r}, but it must lie between 0 and "
                 "1; 0.9 is usual, 0.99 where trajectories diverge."
             )
+        check_start("ManyChains", self.start)
         if self.compile not in (True, False, "auto"):
             raise ValueError(
                 f"ManyChains: compile={self.compile!r}, but it must be True, False or 'auto'."
@@ -173,6 +177,7 @@ class ManyChains(TracedEngine[ManyState]):
             self.num_superchains,
             model,
             task.data,
+            start=self.start,
             gradient_of=work.leapfrog.gradient_of,
             generator=task.generator,
         )

@@ -23,7 +23,7 @@ from bayesgen.inference.checks import check_settings
 from bayesgen.inference.machines import NativeMachine
 from bayesgen.inference.run import Info, Task
 from bayesgen.inference.speed import Speed, choose
-from bayesgen.inference.start import starting_points
+from bayesgen.inference.start import check_start, starting_points
 from bayesgen.inference.threads import in_one_thread
 from bayesgen.inference.trace import Density
 from bayesgen.inference.traced import TracedEngine, live_r_hat
@@ -105,6 +105,8 @@ class NUTS(TracedEngine[NutsState]):
         metric: ``"diagonal"`` mass matrix, ``"low_rank"`` for long directions across coordinates
             beside it, or ``"auto"``: low rank up to 1000 parameters.
         max_depth: Doublings after which a trajectory ends.
+        start: ``"uniform"`` within 2 of the origin on the unconstrained scale, or
+            ``"pathfinder"``: near the mass that quasi-Newton paths find, but for modes of none.
         compile: Whether the step is compiled: True, False, or ``"auto"`` where it would pay.
         trace: False runs by Pyro's own Python, to compare with.
         dtype: Precision of everything.
@@ -128,6 +130,7 @@ class NUTS(TracedEngine[NutsState]):
     target_accept: float = 0.8
     metric: str = "auto"
     max_depth: int = 10
+    start: str = "uniform"
     compile: str | bool = "auto"
     trace: bool = True
     dtype: torch.dtype = torch.float64
@@ -155,6 +158,7 @@ class NUTS(TracedEngine[NutsState]):
             )
         if self.max_depth > 15:
             raise ValueError(f"NUTS: max_depth={self.max_depth}, but at most 15 is allowed.")
+        check_start("NUTS", self.start)
         if self.compile not in (True, False, "auto"):
             raise ValueError(
                 f"NUTS: compile={self.compile!r}, but it must be True, False or 'auto'."
@@ -198,6 +202,7 @@ class NUTS(TracedEngine[NutsState]):
             self.num_chains,
             model,
             task.data,
+            start=self.start,
             gradient_of=work.speed.gradient_of,
             generator=task.generator,
         )

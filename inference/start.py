@@ -9,15 +9,29 @@ import torch
 from torch import Tensor
 
 from bayesgen.inference.complaints import ProgramError
+from bayesgen.inference.native import NativeDensity
+from bayesgen.inference.pathfinder import pathfinder
 from bayesgen.inference.trace import Density
 
-__all__ = ["conjugate_values", "starting_points"]
+__all__ = ["STARTS", "check_start", "conjugate_values", "starting_points"]
+
+STARTS = ("uniform", "pathfinder")
 
 Gradient = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 _RADIUS, _TRIES = 2.0, 100
+_PATHS = 8  # at least, of which the best are kept
 _ROWS = 20_000
 _WALK = 100
+
+
+def check_start(engine: str, start: str) -> None:
+    """Refuse a start that there is not."""
+    if start not in STARTS:
+        raise ValueError(
+            f"{engine}: start={start!r}, but it must be 'uniform', within 2 of the origin on the "
+            "unconstrained scale, or 'pathfinder', near the mass that quasi-Newton paths find."
+        )
 
 
 def starting_points(
@@ -26,6 +40,7 @@ def starting_points(
     model: Any,
     data: Any,
     *,
+    start: str = "uniform",
     gradient_of: Gradient | None = None,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -33,7 +48,8 @@ def starting_points(
 
     Uniform in (-2, 2) on the unconstrained scale, as Stan does, drawn again where the density is
     not finite, and led uphill where it is absurdly low; for a conjugate model, parameters drawn
-    given a random starting assignment of its rows.
+    given a random starting assignment of its rows. With ``start="pathfinder"`` paths go on from at
+    least eight such points, and chains start at draws of the normal laws found there.
 
     ``gradient_of`` is a faster way to the same densities, if there is one.
 
@@ -41,6 +57,15 @@ def starting_points(
         ValueError: No finite point in 100 tries.
     """
     layout, gradient_of = density.layout, gradient_of or density.value_and_grad
+    if start == "pathfinder":
+        # What is made for the chains' number alone is no use for paths.
+        of_any = gradient_of if isinstance(gradient_of, NativeDensity) else density.value_and_grad
+        count = max(num_chains, _PATHS)
+        first, _, _ = starting_points(
+            density, count, model, data, gradient_of=of_any, generator=generator
+        )
+        near = pathfinder(of_any, first, num_chains, generator)
+        return near, *gradient_of(near)
     points = _from_model(density, num_chains, model, data, generator) if model else None
     if points is None:
         points = _uniform(density, num_chains, generator)

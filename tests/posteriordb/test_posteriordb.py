@@ -58,18 +58,12 @@ def test_one_of_each_kind(name, shared_data):
     agree(name, "NUTS", shared_data)
 
 
-SKIPPED = {
-    "hudson_lynx_hare-lotka_volterra": "a second mode, without cycles, keeps a chain of four for "
-    "some seeds: R-hat says so (1.53), and the answer is then not to be trusted",
-}
 OTHERS = [(n, e) for e in ENGINES for n in POSTERIORS if e != "NUTS" or n not in QUICK]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "engine"), OTHERS)
 def test_all_others(name, engine, shared_data):
-    if name in SKIPPED:
-        pytest.skip(SKIPPED[name])
     agree(name, engine, shared_data)
 
 
