@@ -44,6 +44,7 @@ __all__ = [
     "Solvable",
     "Symmetric",
     "Tensors",
+    "Weighted",
     "require",
 ]
 
@@ -209,6 +210,17 @@ class Explained(ABC):
         """``signal (*draw, q)`` along principal directions, decreasing; ``noise (*draw,)``.
 
         Their sum is the total variance of all columns, in squared units of the data.
+        """
+
+
+class Weighted(ABC):
+    """A robust model: how much each cell of a row counts."""
+
+    @abstractmethod
+    def cell_weights(self, x: Tensor, draws: Tensors) -> Tensor:
+        """Expected scale of each cell given its row, ``(*draw, n, d)``; ``NaN`` where missing.
+
+        About one for a cell that fits, near zero for one that does not.
         """
 
 
@@ -460,6 +472,7 @@ _ALL: tuple[type, ...] = (
     Conditional,
     Denoising,
     Explained,
+    Weighted,
     Symmetric,
     Conjugate,
     Partitioned,

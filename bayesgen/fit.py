@@ -22,6 +22,7 @@ from bayesgen.capabilities import (
     Model,
     Scored,
     Symmetric,
+    Weighted,
     require,
 )
 from bayesgen.data import Dataset, as_dataset
@@ -407,6 +408,15 @@ class Fit:
             generator=generator,
             seed=seed,
         )
+
+    def cell_weights(self, x: object) -> Tensor:
+        """How much each cell of the rows counts, ``(n, d)``, by the posterior of a robust model.
+
+        About one for a cell that fits its row, near zero for an outlying one; ``NaN`` where
+        missing. Averaged over 100 evenly spaced draws at most.
+        """
+        model = require(self.model, Weighted, "cell_weights")
+        return torch.cat([verbs.cell_weights(model, b, self._flat) for b in self._batches(x)])
 
     def verdict(self) -> Verdict:
         """PASS or FAIL with reasons in words and what to do; true when the fit can be trusted.

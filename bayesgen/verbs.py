@@ -25,9 +25,11 @@ if TYPE_CHECKING:
         Encoder,
         Scored,
         Tensors,
+        Weighted,
     )
 
 __all__ = [
+    "cell_weights",
     "draw_from",
     "flatten_draws",
     "impute",
@@ -160,6 +162,19 @@ def reconstruct(model: Denoising, x: Tensor, flat: Tensors) -> Tensor:
         total = x.new_zeros(x[rows].shape)
         for block in blocks:
             total += model.reconstruct(x[rows], pick(flat, block)).sum(0)
+        out[rows] = total / _count(flat)
+    return out
+
+
+@torch.no_grad()
+def cell_weights(model: Weighted, x: Tensor, flat: Tensors) -> Tensor:
+    """Mean over 100 draws at most of the weight of each cell ``(n, d)``."""
+    flat = thin(flat, _ESTIMATED_DRAWS)
+    out = torch.empty_like(x)
+    for rows, blocks in _chunks(x.shape[0], flat, x.shape[1]):
+        total = x.new_zeros(x[rows].shape)
+        for block in blocks:
+            total += model.cell_weights(x[rows], pick(flat, block)).sum(0)
         out[rows] = total / _count(flat)
     return out
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bayesgen import rng
-from bayesgen.capabilities import Continued, Tensors
+from bayesgen.capabilities import Continued, Tensors, Weighted
 from bayesgen.conjugate import Local
 from bayesgen.distributions import PartialLowRankMultivariateStudentT, PartialMultivariateStudentT
 from bayesgen.distributions._low_rank import LowRankForm, low_rank_form
@@ -33,7 +33,7 @@ _SCALES = ("rows", "cells")
 
 @final
 @dataclass(frozen=True, eq=False)
-class RobustPCA(LinearModel, Continued):
+class RobustPCA(LinearModel, Continued, Weighted):
     r"""Probabilistic PCA with Student-t rows, or cells, missing entries integrated out.
 
     .. math::
