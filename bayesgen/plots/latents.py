@@ -118,7 +118,7 @@ def scree(fit: Fit, *, mass: float = 0.9, ax: Axes | None = None) -> Axes:
         ax.set_yscale("log")
         ax.set_ylim(bottom=max(0.3 * positive.min(), 1e-6 * middle.max()))
     else:
-        ax.set_ylim(bottom=0.0)
+        ax.set_ylim(0.0, 1.1 * max(float(high.max()), noise_high))
     ax.set(xlabel="direction", ylabel="variance of the signal")
     ax.set_xlim(-0.5, len(middle) - 0.3)
     whole_ticks(ax)
@@ -160,6 +160,7 @@ def latent_map(
         ax.plot(*outline, color=tint, lw=0.5, alpha=0.3, zorder=1)
     _points(mean, groups, ax)
     _name_directions(fit, (first, second), ax)
+    ax.set_aspect("equal", adjustable="box")
     return ax
 
 
@@ -192,7 +193,7 @@ def biplot(
         columns: Names or positions of the columns with an arrow.
         ax: Where to draw.
     """
-    ax = new_axes(ax, 6.8, 5.8)
+    ax = new_axes(ax, 8.0, 6.2)
     rows = rows_of(fit, x)
     pair = _pair(fit, directions)
     scores, _ = _latent_moments(fit, rows, list(pair))
@@ -218,6 +219,7 @@ def biplot(
         more = edges if axis == "x" else [0.0]
         ends = np.concatenate([scores[:, k], 1.12 * stretch * center[:, k], more])
         getattr(ax, f"set_{axis}lim")(*span(ends, 0.06))
+    ax.set_aspect("equal", adjustable="box")  # angles are correlations, the circle a circle
     return ax
 
 
@@ -344,7 +346,10 @@ def _points(
             zorder=2,
         )
     if kinds and kinds[0][0]:
-        ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9)
+        key = ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9)
+        for handle in key.legend_handles:
+            if handle is not None:
+                handle.set_alpha(1.0)
 
 
 def _share(fit: Fit, direction: int) -> str:
@@ -371,7 +376,7 @@ def _name_directions(fit: Fit, pair: tuple[int, int], ax: Axes) -> None:
 def _name_arrows(tips: NDArray[np.float64], names: list[str], ax: Axes) -> list[float]:
     """Names beyond the tips, pushed apart from the longest arrow on; where they end sideways."""
     reach = float(np.abs(tips).max()) if tips.size else 1.0
-    high, wide = 0.075 * reach, 0.036 * reach  # of a line of text, and of one of its letters
+    high, wide = 0.095 * reach, 0.04 * reach  # of a line of text, and of one of its letters
     taken: list[tuple[float, float, float]] = []  # left, right, middle
     for tip, name in zip(tips, names, strict=True):
         length = float(np.hypot(*tip)) or 1.0
