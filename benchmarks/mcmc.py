@@ -6,7 +6,8 @@
 
 Every contestant runs in a process of its own on the same data, on the same cores, in double
 precision. *Cold* is its first run, with tracing and compiling and without importing (caches of
-compiled code are emptied: ours, Inductor's and PyTensor's); *warm* the second run in that process.
+compiled code are emptied: ours, Inductor's and PyTensor's); *warm* a later run in that process,
+the median of up to five within three seconds.
 The figure is the smallest bulk effective sample size of any latent entry a second of wall time.
 Means are compared with those of the reference, NumPyro's or our NUTS: a fast wrong sampler is no
 sampler. NumPyro, PyMC, nutpie and BlackJAX live in an environment without torch
@@ -157,7 +158,7 @@ def report(workload, rows):
         warm = row["warm"]
         rates = [row[t]["ess"] / row[t]["seconds"] for t in ("cold", "warm")]
         each = warm["ess"] / warm["gradients"] if warm["gradients"] else math.nan
-        gap = worst_gap(row, reference)
+        gap = worst_gap(row, reference) if reference else math.nan
         print(
             f"{name:20}{rates[0]:13,.0f}{rates[1]:13,.0f}{each:13.4f}{warm['tail']:13,.0f}"
             f"{row['cold']['seconds']:6.1f}/{warm['seconds']:6.2f}{gap:13.1f}",

@@ -24,6 +24,7 @@ from bayesgen.inference.trace import Density
 from bayesgen.inference.translate import Translation, translate
 
 __all__ = [
+    "LONG",
     "MACHINE",
     "PATHS",
     "NativeDensity",

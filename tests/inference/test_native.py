@@ -11,7 +11,7 @@ from bayesgen import rng
 from bayesgen.inference import NUTS, native, speed
 from bayesgen.inference.emit import Unsupported
 from bayesgen.inference.machines import NativeMachine
-from bayesgen.inference.native import MACHINE, compiler, load, translated
+from bayesgen.inference.native import LONG, MACHINE, compiler, load, translated, with_slope
 from bayesgen.inference.trace import trace
 from bayesgen.inference.trajectory import Metric, Trajectories, launch, machine, tables
 from tests.inference.test_trace import LATENTS, enumerated_mixture, program_of_several
@@ -220,3 +220,37 @@ def test_a_compiler_that_is_killed_once_is_tried_again(tmp_path, monkeypatch, ti
 
 def _not_now(density, table, num_chains, max_depth, why):
     return speed._eager(density, table, num_chains, why)
+
+
+def test_rows_are_added_up_by_an_index_in_any_order():
+    """Repeated, missing and unsorted indices, of numbers and rows; one of two dimensions."""
+    rows, table = torch.tensor([3, 0, 3, 5, 1, 3, 0]), torch.tensor([[1, 4], [4, 4], [0, 2]])
+
+    def program():
+        loc = pyro.sample("loc", dist.Normal(torch.zeros(6, 3, **D64), 1.0).to_event(2))
+        one = pyro.sample("one", dist.Normal(torch.zeros(6, **D64), 1.0).to_event(1))
+        weight = torch.arange(1.0, 8.0, **D64)
+        pyro.factor("rows", (loc[rows].sin().sum(-1) * weight * one[rows].exp()).sum())
+        pyro.factor("table", (one[table].cos() * loc[table].sum(-1)).sum())
+
+    check_equal(program)
+
+
+@pytest.mark.slow
+def test_a_loop_over_hundreds_of_steps():
+    """More than two thousand lines: not unrolled, and compiled with less effort."""
+    y = rng.standard_normal(200, rng.make_generator(1))
+
+    def program():
+        level, share = pyro.sample("both", dist.HalfNormal(torch.ones(2, **D64)).to_event(1))
+        scales = [torch.ones((), **D64)]
+        for t in range(1, len(y)):
+            scales.append((level + share.neg().exp() * scales[-1] ** 2 + y[t - 1] ** 2).sqrt())
+        log_odds = torch.zeros(3, **D64)
+        for t in range(200):
+            log_odds = torch.logsumexp(log_odds[:, None] - level * y[t] * torch.eye(3, **D64), 0)
+        pyro.factor("y", dist.Normal(0.0, torch.stack(scales)).log_prob(y).sum() + log_odds[0])
+
+    density, _ = check_equal(program)
+    assert translated(density).statements > LONG
+    assert with_slope(density) is translated(density)
