@@ -4,10 +4,10 @@
 
 Every contender does the same step on the same data: a minibatch, the evidence bound of one
 particle under a mean-field normal guide (the VAE: its encoder), its gradient, Adam. Each has a
-process of its own (NumPyro's by the Python that has it) and they take turns, round by round;
-printed are medians of the CPU time of a step and ratios to ours. One that fails or takes longer
-than --limit seconds to trace and compile is named and left out. On a busy machine believe the
-ratios.
+process of its own with one thread (NumPyro's by the Python that has it) and they take turns,
+round by round; printed are medians of the CPU time of a step and ratios to ours. One that fails
+or takes longer than --limit seconds to trace and compile is named and left out. On a busy machine
+believe the ratios.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import select
 import statistics
 import subprocess
@@ -109,9 +110,9 @@ def vae():
 
 # ---------------------------------------------------------------- contenders
 class Ours:
-    """The compiled step of `SVI`, called as its loop calls it."""
+    """The compiled step of `SVI`: blocks of 48 as its loop calls it, or one step a call."""
 
-    def __init__(self, name):
+    def __init__(self, name, single=False):
         import torch
 
         from bayesgen import rng
@@ -137,9 +138,33 @@ class Ours:
         assert self.work.traced.graph is not None, self.work.traced.message
         self.state = self.engine.init(self.task, self.work)
 
+        self.single = single
+
     def run(self, calls):
+        if self.single:
+            for _ in range(calls):
+                self.one()
+            return
         for _ in range(calls // 48):
             self.state, _ = self.engine.step(self.task, self.work, self.state)
+
+    def one(self):
+        """Noise, rows and scalars of one step, and the step: nothing is drawn ahead."""
+        from bayesgen.inference.svi_machine import Steps
+        from bayesgen.inference.svi_step import draw_noise
+
+        engine, task, work, state = self.engine, self.task, self.work, self.state
+        generator, pair, done = task.generator, work.setup.pair, state.num_steps
+        noise = draw_noise(work.traced.noise, (1, engine.num_particles), pair, generator)
+        indices, data, places = engine._rows(task, work, state, 1)
+        scalars = engine._scalars(done, 1, state.params)
+        moving = (state.params, state.average, *state.slots.values())
+        now = Steps(scalars, *noise, tuple(indices), data)
+        _, (params, average, *slots) = work.machine.run(done, moving, now)
+        slots = dict(zip(state.slots, slots, strict=True))
+        self.state = state._replace(
+            params=params, average=average, slots=slots, num_steps=done + 1, places=places
+        )
 
 
 class Pyro:
@@ -271,8 +296,14 @@ class Elsewhere:
 
     def __init__(self, python, name, kind):
         command = [python, "-W", "ignore", __file__, "--serve", name, kind]
+        flags = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "XLA_FLAGS": flags},
         )
 
     def answer(self, seconds):
@@ -312,6 +343,7 @@ def serve(name, kind):
         torch.set_num_threads(1)
         makers = {
             "ours": Ours,
+            "ours, one a call": lambda name: Ours(name, True),
             "Pyro SVI.step": Pyro,
             "torch by hand": ByHand,
             "the same, compiled": lambda name: ByHand(name, True),
@@ -415,7 +447,7 @@ def numpyro_steps(name, kind):
 
 
 # ---------------------------------------------------------------- the match
-KINDS = ("ours", "Pyro SVI.step", "torch by hand", "the same, compiled")
+KINDS = ("ours", "ours, one a call", "Pyro SVI.step", "torch by hand", "the same, compiled")
 
 
 def compare(name, arguments):

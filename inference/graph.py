@@ -24,6 +24,7 @@ from torch.fx.graph_module import _loader
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bayesgen.inference.onednn import by_onednn
 from bayesgen.inference.record import Aliased, RandomNumbers, record
 
 __all__ = ["capture", "compile_graph", "gradient_alone", "simplify"]
@@ -357,6 +358,7 @@ def compile_graph(
         warnings.simplefilter("ignore")  # torch deprecates parts of itself as it imports them
         from torch._inductor import compile as inductor
 
+        by_onednn(graph, _evaluate(graph, example))
         for node in graph.graph.nodes:
             node.meta.clear()  # what tracing left there makes the C++ wrapper fail
         options = {"cpp_wrapper": True} if cpp_wrapper else {}
