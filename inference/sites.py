@@ -39,6 +39,7 @@ __all__ = [
     "dims_of",
     "discover",
     "enumerated",
+    "is_parameter",
     "quietly",
 ]
 
@@ -74,6 +75,8 @@ class Layout:
     dtype: torch.dtype
     device: torch.device
     notes: tuple[str, ...] = ()
+    unnamed: frozenset[str] = frozenset()
+    """Sites that are no parameters of a model: see :func:`is_parameter`."""
 
     @property
     def num_params(self) -> int:
@@ -258,6 +261,7 @@ def discover(
         dtype,
         generator.device,
         notes,
+        frozenset(k for k in dims if not is_parameter(trace.nodes[k])),
     )
     if discrete:
         _rehearse(layout, starter.raw)
@@ -271,6 +275,15 @@ def _rehearse(layout: Layout, raw: dict[str, Tensor]) -> None:
         with Flat(layout.sites, torch.cat(parts)), _Bounded(layout.max_plate_nesting):
             nodes = poutine.trace(enumerated(layout)).get_trace()
         TraceEinsumEvaluator(nodes, True, layout.max_plate_nesting).log_prob(nodes)
+
+
+def is_parameter(node: dict[str, Any]) -> bool:
+    """Whether a latent of a model is global, such as a hyperparameter, and no step to another.
+
+    Names of such steps begin with an underscore.
+    """
+    local = any(frame.name == "data" for frame in node.get("cond_indep_stack", ()))
+    return not local and not node["name"].startswith("_")
 
 
 def dims_of(node: dict[str, Any]) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from bayesgen import rng
 from bayesgen.capabilities import Guided
 from bayesgen.inference.minibatch import begin
 from bayesgen.inference.pair import Pair
+from bayesgen.inference.sites import is_parameter
 from bayesgen.inference.svi_draws import Draws, local_sites, mean_and_error, sampler, settled
 from bayesgen.inference.svi_setup import Setup
 from bayesgen.inference.trained import TrainedProgram
@@ -164,7 +165,8 @@ def _kept(end: End, pair: Pair, drawn: Draws, flat: Tensor) -> dict[str, Tensor]
     """Draws ``(1, num_samples, *shape)``; without any latent, the parameters as a point."""
     values = {name: value[None] for name, value in drawn.values.items()}
     if not isinstance(end.task.model, TrainedProgram):
-        values = {name: v for name, v in values.items() if name in end.task.model.dims}
+        dims, nodes = end.task.model.dims, pair.traces.model.nodes
+        values = {k: v for k, v in values.items() if k in dims or is_parameter(nodes[k])}
     if values:
         return values
     return {name: v[None, None] for name, v in pair.named(flat).items()}

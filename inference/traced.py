@@ -99,14 +99,16 @@ class TracedEngine(Engine[S], ABC):
     def sites_of(task: Task, density: Density, vectors: Tensor) -> dict[str, Tensor]:
         """Sites ``(*lead, *shape)`` of unconstrained ``vectors (*lead, D)``: a fit's draws.
 
-        Discrete latents, summed out so far, are drawn given the others.
+        Discrete latents, summed out so far, are drawn given the others. Of a model of ours, its
+        parameters and the hyperparameters that its priors sample.
         """
         sites = density.constrain(vectors)
         if 0 < _labels(density, vectors[..., 0].numel()) <= _MAX_DISCRETE:
             sites |= density.recover(sites, generator=task.generator)
         if isinstance(task.model, FunctionModel):
             return sites
-        return {name: value for name, value in sites.items() if name in task.model.dims}
+        dims, unnamed = task.model.dims, density.layout.unnamed
+        return {k: v for k, v in sites.items() if k in dims or k not in unnamed}
 
     @staticmethod
     def notes_of(density: Density, num_draws: int) -> list[str]:

@@ -133,7 +133,8 @@ class Mixing:
             shape = torch.tensor(prior.shape, dtype=torch.float64)
             alpha = pyro.sample("concentration", dist.Gamma(shape, prior.rate))
         last = alpha.unsqueeze(-1).expand(*alpha.shape, self.num_components - 1)
-        sticks = pyro.sample("sticks", dist.Beta(torch.ones_like(last), last).to_event(1))
+        # underscore: a step on the way to the weights, not a parameter of its own
+        sticks = pyro.sample("_sticks", dist.Beta(torch.ones_like(last), last).to_event(1))
         log_rest = torch.nn.functional.pad(torch.log1p(-sticks).cumsum(-1), (1, 0))
         log_stick = torch.nn.functional.pad(torch.log(sticks), (0, 1))
         weights: Tensor = pyro.deterministic("weights", (log_stick + log_rest).exp(), event_dim=1)

@@ -218,12 +218,12 @@ def test_program_agrees_with_the_blocks(name):
         likelihood = float(mixture.log_prob(x, {**values, "weights": weights}).sum())
         internal = {"log_weights": weights.log()}
         jacobian = -float(weights.log().sum())  # the block's softmax basis
-        if "sticks" in values:
+        if "_sticks" in values:
             internal |= {
-                "log_stick": values["sticks"].log(),
-                "log_rest": (-values["sticks"]).log1p(),
+                "log_stick": values["_sticks"].log(),
+                "log_rest": (-values["_sticks"]).log1p(),
             }
-            jacobian = -float((values["sticks"].log() + (-values["sticks"]).log1p()).sum())
+            jacobian = -float((values["_sticks"].log() + (-values["_sticks"]).log1p()).sum())
         if "concentration" in values:
             internal["concentration"] = values["concentration"]
             jacobian -= float(values["concentration"].log())
