@@ -18,9 +18,27 @@ from bayesgen import rng
 from bayesgen.inference.graph import capture
 from bayesgen.inference.sites import Given, Layout, enumerated, quietly
 
-__all__ = ["recover"]
+__all__ = ["num_labels", "recover", "too_many"]
 
 _CHUNK = 2**23  # numbers of all factors that are held at a time
+_MAX_LABELS = 2**25  # of all draws together: 256 MiB
+
+
+def num_labels(layout: Layout, num_draws: int) -> int:
+    """Of the discrete latents in all draws together."""
+    return num_draws * sum(map(math.prod, layout.enumerated.values()))
+
+
+def too_many(layout: Layout, num_draws: int) -> str:
+    """Why discrete latents are not drawn back; empty where they are, or where there are none."""
+    if (count := num_labels(layout, num_draws)) <= _MAX_LABELS:
+        return ""
+    names = ", ".join(f"'{name}'" for name in layout.enumerated)
+    return (
+        f"the discrete latents {names} were summed out and not drawn back: {num_draws:,} "
+        f"draws would hold {count:,} labels, more than the {_MAX_LABELS:,} kept. Lower "
+        "num_samples or num_chains to have them."
+    )
 
 
 def recover(layout: Layout, vectors: Tensor, *, generator: torch.Generator) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from bayesgen import rng
 from bayesgen.capabilities import Guided
 from bayesgen.inference.minibatch import begin
 from bayesgen.inference.pair import Pair
+from bayesgen.inference.recover import too_many
 from bayesgen.inference.sites import is_parameter
 from bayesgen.inference.svi_draws import Draws, local_sites, mean_and_error, sampler, settled
 from bayesgen.inference.svi_setup import Setup
@@ -64,11 +66,14 @@ def finish(end: End) -> dict[str, Any]:
         "averaged": averaged,
         "num_params": pair.num_params,
         "is_traced": end.traced,
-        "messages": [*why, *_summed_out(end, pair)],
+        "messages": why,
     }
     model = end.task.model
     if isinstance(model, TrainedProgram):
         model = dataclasses.replace(model, params=flat)
+        labels, notes = _drawn_back(model, drawn.values, full, generator)
+        drawn = drawn._replace(values={**drawn.values, **labels})
+        attrs["messages"] = [*why, *notes]
     values = _kept(end, pair, drawn, flat)
     parts: dict[str, Any] = {"model": model, "draws": values, "attrs": attrs}
     if not drawn.is_point and full and drawn.values:
@@ -76,24 +81,36 @@ def finish(end: End) -> dict[str, Any]:
     return parts
 
 
-def _summed_out(end: End, pair: Pair) -> list[str]:
-    """What is said of discrete latents of a program that the guide lacks."""
-    if not isinstance(end.task.model, TrainedProgram):
-        return []
-    names = [
-        repr(name)
+def _summed_out(pair: Pair) -> list[str]:
+    """Discrete latents of a program that the guide lacks."""
+    return [
+        name
         for name, node in pair.traces.model.nodes.items()
         if node["type"] == "sample"
         and not node["is_observed"]
         and name not in pair.traces.guide.nodes
         and not site_is_subsample(node)
     ]
+
+
+def _drawn_back(
+    model: TrainedProgram, values: Mapping[str, Tensor], full: bool, generator: torch.Generator
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Discrete latents given the others, or why there are none."""
+    names = _summed_out(model.pair)
     if not names:
-        return []
-    return [
-        f"discrete latents were summed out and are not among the draws: {', '.join(names)}. NUTS "
-        "draws them back."
-    ]
+        return {}, []
+    said = "discrete latents were summed out and are not among the draws: "
+    said += f"{', '.join(map(repr, names))}. To draw them takes "
+    if not full:
+        why = "all rows, and here they are too many, or chosen by the program itself."
+        return {}, [said + why]
+    layout = model.density.layout
+    if missing := [site.name for site in layout.sites if site.name not in values]:
+        return {}, [f"{said}{', '.join(map(repr, missing))}: use local_latents=True."]
+    if message := too_many(layout, len(next(iter(values.values())))):
+        return {}, [message]
+    return model.density.recover(values, generator=generator), []
 
 
 def _sees_all(end: End) -> bool:

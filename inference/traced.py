@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 from bayesgen import rng
 from bayesgen.capabilities import Model, Program
 from bayesgen.inference.program import FunctionModel, arguments, bound_program, with_density
+from bayesgen.inference.recover import num_labels, too_many
 from bayesgen.inference.remembered import traced_again
 from bayesgen.inference.run import Engine, S, Task
 from bayesgen.inference.trace import Density, trace
@@ -20,7 +20,6 @@ from bayesgen.nested import plain_ratio
 
 __all__ = ["TracedEngine", "live_r_hat"]
 
-_MAX_DISCRETE = 2**25  # labels of all draws together: 256 MiB
 _LIVE = 2**15  # numbers that the live R-hat looks at: with 2**19 it took a third of a short run
 
 
@@ -103,7 +102,8 @@ class TracedEngine(Engine[S], ABC):
         parameters and the hyperparameters that its priors sample.
         """
         sites = density.constrain(vectors)
-        if 0 < _labels(density, vectors[..., 0].numel()) <= _MAX_DISCRETE:
+        num_draws = vectors[..., 0].numel()
+        if num_labels(density.layout, num_draws) and not too_many(density.layout, num_draws):
             sites |= density.recover(sites, generator=task.generator)
         if isinstance(task.model, FunctionModel):
             return sites
@@ -116,16 +116,6 @@ class TracedEngine(Engine[S], ABC):
         notes = [*density.layout.notes]
         if density.message:
             notes.append(density.message)
-        if (count := _labels(density, num_draws)) > _MAX_DISCRETE:
-            names = ", ".join(f"'{name}'" for name in density.layout.enumerated)
-            notes.append(
-                f"the discrete latents {names} were summed out and not drawn back: {num_draws:,} "
-                f"draws would hold {count:,} labels, more than the {_MAX_DISCRETE:,} kept. Lower "
-                "num_samples or num_chains to have them."
-            )
+        if message := too_many(density.layout, num_draws):
+            notes.append(message)
         return notes
-
-
-def _labels(density: Density, num_draws: int) -> int:
-    """Of all draws together."""
-    return num_draws * sum(map(math.prod, density.layout.enumerated.values()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, final
 
@@ -53,8 +53,9 @@ class TrainedProgram(CodeModel, Pointwise):
         model = pair.traces.model
         if not pair.plates:
             generator = rng.make_generator(0, pair.device)
+            single = replace(pair, objective="trace")  # one value of each discrete latent
             with torch.no_grad(), rng.fork(generator), pair.using(self.params):
-                model = pair.run(pair.call.tensors, full=True).model
+                model = single.run(pair.call.tensors, full=True).model
         return {
             name: node
             for name, node in model.nodes.items()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bayesgen import rng
-from bayesgen.inference import NUTS
+from bayesgen.inference import NUTS, SVI
 from bayesgen.inference.trace import trace
 from bayesgen.inference.traced import live_r_hat
 
@@ -110,6 +110,38 @@ def test_a_fit_holds_them_with_dims_and_what_depends_on_them():
     assert torch.equal(fit.draws["label"], again.draws["label"])
 
 
+def test_variational_inference_holds_them_too():
+    """Of each draw of the guide, from the labels' exact law given it."""
+    fit = SVI(num_steps=960, num_samples=NUM, learning_rate=0.03).run(mixture, seed=0)
+    label, weight = fit.draws["label"], fit.draws["weights"][0, :, 1]
+    assert label.shape == (1, NUM, 4)
+    assert not label.is_floating_point()
+    torch.testing.assert_close(fit.draws["mean"], 3.0 * label.double())
+    assert fit.arviz["posterior"]["label"].dims == ("chain", "draw", "data")
+    odds = weight.logit()[:, None] + 3.0 * X - 4.5
+    p = odds.sigmoid()
+    error = (p * (1 - p)).mean(0).div(NUM).sqrt()
+    assert bool(((label[0].double() - p).mean(0).abs() < 4.5 * error).all())
+    assert bool(((label[0].double() - 0.5).mean(0).abs() > 4.5 * error).any())  # not any law
+    assert not any("label" in message for message in fit.attrs["messages"])
+
+
+def test_variational_inference_says_why_it_lacks_them(monkeypatch):
+    def rows(x, num_rows=None):
+        share = pyro.sample("share", dist.Beta(1.0, 1.0))
+        with pyro.plate("data", num_rows or len(x), subsample=x):
+            label = pyro.sample("label", dist.Bernoulli(share))
+            pyro.sample("x", dist.Normal(3.0 * label, 1.0), obs=x)
+
+    monkeypatch.setattr("bayesgen.inference.svi_finish._FULL", 3)
+    fit = SVI(num_steps=48, num_samples=5, batch_size=2).run(rows, X)
+    assert "label" not in fit.draws
+    assert any("'label'. To draw them takes all rows" in m for m in fit.attrs["messages"])
+    monkeypatch.setattr("bayesgen.inference.recover._MAX_LABELS", 19)
+    fit = SVI(num_steps=48, num_samples=5).run(rows, X)
+    assert any("'label'" in m and "20 labels" in m for m in fit.attrs["messages"])
+
+
 def test_without_a_trace_they_are_drawn_one_by_one():
     def branching():
         loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
@@ -124,7 +156,7 @@ def test_without_a_trace_they_are_drawn_one_by_one():
 
 
 def test_labels_that_are_too_many_are_left_out_and_said(monkeypatch):
-    monkeypatch.setattr("bayesgen.inference.traced._MAX_DISCRETE", 79)
+    monkeypatch.setattr("bayesgen.inference.recover._MAX_LABELS", 79)
     fit = NUTS(num_chains=2, num_samples=10, num_warmup=20).run(mixture)
     assert "label" not in fit.draws
     assert any("'label'" in m and "80 labels" in m for m in fit.attrs["messages"])
