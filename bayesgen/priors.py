@@ -31,6 +31,7 @@ __all__ = [
     "explore",
     "prior_from_config",
     "prior_to_config",
+    "same_support",
     "solve_concentration",
     "with_priors",
 ]
@@ -272,7 +273,7 @@ def check_prior(
                 "needs a "
                 f"shape ending in {event_shape}. Use .expand({list(event_shape)}) or rebuild it."
             )
-    if support is not None and not _same_support(prior.support, support):
+    if support is not None and not same_support(prior.support, support):
         raise ValueError(
             f"prior of site '{site}': {type(prior).__name__} has support {prior.support}, but the "
             "site "
@@ -280,7 +281,7 @@ def check_prior(
         )
 
 
-def _same_support(given: Any, wanted: Any) -> bool:
+def same_support(given: Any, wanted: Any) -> bool:
     """Whether every value that a prior can take is one that its site can take."""
     given, wanted = _plain(given), _plain(wanted)
     if given.is_discrete != wanted.is_discrete:

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple, final
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import ExpandedDistribution, MaskedDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
+from torch.distributions import Independent
 from torch.overrides import TorchFunctionMode
 
 from bayesgen import rng
@@ -20,6 +22,7 @@ from bayesgen.inference.complaints import ProgramError, explained
 from bayesgen.inference.noise import Branches, Fed, Tape
 from bayesgen.inference.objectives import OBJECTIVES, Traces, run_both
 from bayesgen.inference.sites import quietly
+from bayesgen.priors import same_support
 
 __all__ = ["Pair", "Parameter", "Plate", "meet"]
 
@@ -327,11 +330,44 @@ def _check_match(traces: Traces) -> list[str]:
             f"pyro.sample({left[0]!r}, ...) to it, or observe the site in the model (obs=...)."
         )
     for name, node in traces.guide.nodes.items():
-        if node["type"] != "sample" or name in traces.model.nodes:
-            continue
-        if not (node["infer"].get("is_auxiliary") or poutine.util.site_is_subsample(node)):
-            raise ProgramError(
-                f"the guide's site {name!r} is not in the model: give both the same name, or mark "
-                "it infer={'is_auxiliary': True}."
-            )
+        known = node["infer"].get("is_auxiliary") if node["type"] == "sample" else True
+        if not known and not poutine.util.site_is_subsample(node):
+            _check_site(name, node, traces.model.nodes.get(name))
     return discrete
+
+
+def _check_site(name: str, node: Any, other: Any) -> None:
+    """A site of the guide against that of the model."""
+    if other is None:
+        raise ProgramError(
+            f"the guide's site {name!r} is not in the model: give both the same name, or mark "
+            "it infer={'is_auxiliary': True}."
+        )
+    if other["is_observed"]:
+        raise ProgramError(
+            f"the guide samples {name!r}, which the model observes: take it out of the guide."
+        )
+    given, wanted = (_single(n["fn"]) for n in (node, other))
+    if isinstance(given, pyro.distributions.Delta):  # a value, already in the support
+        return
+    try:
+        fits = same_support(given.support, wanted.support)
+    except NotImplementedError:  # a distribution that does not say
+        return
+    if not fits:
+        raise ProgramError(
+            f"the guide's site {name!r} can take any value of {given.support}, but the model's "
+            f"only of {wanted.support}: outside it the density is zero. Give the guide a "
+            "distribution on the model's support (LogNormal or Gamma for what is positive, Beta "
+            "on the unit interval)."
+        )
+
+
+_WRAPPED = Independent | MaskedDistribution | ExpandedDistribution
+
+
+def _single(law: Any) -> Any:
+    """A distribution without its wrappings."""
+    while isinstance(law, _WRAPPED):
+        law = law.base_dist
+    return law

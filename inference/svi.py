@@ -428,10 +428,12 @@ class SVI(Engine[SVIState]):
             _, moving = work.machine.run(done + k, moving, steps.part(k, k + 1))
         batch = work.setup.feed.batch([index[first] for index in steps.indices], steps.data)
         noise = steps.normals[first], steps.uniforms[first]
+        advice = "Start elsewhere (init_loc_fn of the autoguide), or rescale the data."
+        if done + first:
+            advice = "Lower learning_rate, give max_norm=10.0, or rescale the data."
         return (
             f"SVI: the bound or its gradient stopped being finite at step {done + first + 1}. "
-            f"{culprit(work.setup.pair, moving[0], *noise, batch)} Lower learning_rate, give "
-            "max_norm=10.0, rescale the data, or start elsewhere (init_loc_fn of the autoguide)."
+            f"{culprit(work.setup.pair, moving[0], *noise, batch)} {advice}"
         )
 
     # ------------------------------------------------------------ the end
