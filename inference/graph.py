@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import linecache
 import operator
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,12 +18,11 @@ from torch.fx.experimental.proxy_tensor import (
     get_proxy_slot,
     make_fx,
 )
-from torch.fx.graph_module import _loader
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bayesgen.inference.onednn import by_onednn
-from bayesgen.inference.record import Aliased, RandomNumbers, record
+from bayesgen.inference.record import Aliased, RandomNumbers, record, sources_forgotten
 
 __all__ = ["capture", "compile_graph", "gradient_alone", "simplify"]
 
@@ -79,19 +76,7 @@ class _DataApart(TorchDispatchMode):
             return func(*args, **kwargs)
 
 
-@contextmanager
-def _sources_forgotten() -> Iterator[None]:
-    """Drop the texts of graphs that torch keeps for tracebacks: they would grow with every fit."""
-    before = set(_loader.eval_cache)
-    try:
-        yield
-    finally:
-        for key in set(_loader.eval_cache) - before:
-            del _loader.eval_cache[key]
-            linecache.cache.pop(key, None)
-
-
-@_sources_forgotten()
+@sources_forgotten()
 def capture(
     function: Callable[..., Any], *example: Tensor, data_apart: bool = False
 ) -> fx.GraphModule:
@@ -124,7 +109,7 @@ def capture(
         return make_fx(torch.func.functionalize(graph))(*example)
 
 
-@_sources_forgotten()
+@sources_forgotten()
 def simplify(graph: fx.GraphModule, *example: Tensor) -> fx.GraphModule:
     """Fold what does not depend on the input, drop operations that change nothing, share equals.
 
@@ -329,6 +314,7 @@ def _hashable(value: Any) -> Any:
     return value if isinstance(value, fx.Node) else (type(value).__name__, repr(value))
 
 
+@sources_forgotten()
 def gradient_alone(both: fx.GraphModule) -> fx.GraphModule:
     """A graph of a value and its gradient without what only the value needs: the value is zero."""
     graph, copied = fx.Graph(), dict[fx.Node, fx.Node]()

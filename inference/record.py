@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import linecache
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.graph_module import _loader
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["Aliased", "DataDependent", "RandomNumbers", "record"]
+__all__ = ["Aliased", "DataDependent", "RandomNumbers", "record", "sources_forgotten"]
 
 _aten = torch.ops.aten
 _READS = {
@@ -143,6 +146,19 @@ class _Recorder(TorchDispatchMode):
         return all(tensor._version == version for tensor, version, _ in self.constants.values())
 
 
+@contextmanager
+def sources_forgotten() -> Iterator[None]:
+    """Drop the texts of graphs that torch keeps for tracebacks: they would grow with every fit."""
+    before = set(_loader.eval_cache)
+    try:
+        yield
+    finally:
+        for key in set(_loader.eval_cache) - before:
+            del _loader.eval_cache[key]
+            linecache.cache.pop(key, None)
+
+
+@sources_forgotten()
 def record(function: Callable[..., Any], *example: Tensor) -> fx.GraphModule:
     """The graph of ``function`` at ``example``; what depends on no argument is computed at once.
 
