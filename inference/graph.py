@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from bayesgen.inference.onednn import by_onednn
 from bayesgen.inference.record import Aliased, RandomNumbers, record, sources_forgotten
 
-__all__ = ["capture", "compile_graph", "gradient_alone", "simplify"]
+__all__ = ["capture", "compile_graph", "gradient_alone", "never_raising", "simplify"]
 
 _aten = torch.ops.aten
 _SHAPE_ONLY = {
@@ -290,6 +290,30 @@ def _log_sigmoid(graph: fx.GraphModule, values: dict[fx.Node, Any]) -> None:
                 new = graph.graph.call_function(_aten.mul.Tensor, (node.args[0], slope))
             values |= {negative: values[node], slope: values[node], new: values[node]}
             node.replace_all_uses_with(new)
+
+
+def never_raising(graph: fx.GraphModule) -> fx.GraphModule:
+    """The graph, giving numbers that are not finite where a matrix is singular.
+
+    In place, and to be simplified, which compiles it. Of many chains in one call some may be far
+    out; torch would raise for all.
+    """
+    for node in list(graph.graph.nodes):
+        if node.target is _aten._linalg_check_errors.default:
+            graph.graph.erase_node(node)
+        elif node.target is _aten.cholesky_inverse.default:
+            with graph.graph.inserting_before(node):
+                factor, *upper = node.args
+                zero = graph.graph.call_function(_aten.zeros_like.default, (factor,))
+                one = graph.graph.call_function(_aten.diagonal.default, (zero, 0, -2, -1))
+                one = graph.graph.call_function(_aten.add.Scalar, (one, 1.0))
+                eye = graph.graph.call_function(_aten.diag_embed.default, (one,))
+                new = graph.graph.call_function(
+                    _aten.cholesky_solve.default, (eye, factor, *upper)
+                )
+            node.replace_all_uses_with(new)
+            graph.graph.erase_node(node)
+    return graph
 
 
 def _share(graph: fx.GraphModule) -> None:

@@ -7,7 +7,6 @@ standard normal. Inside a path only the gradient is needed; the density itself a
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -218,7 +217,7 @@ def _eager(density: Density, num_chains: int, largest: int) -> TorchPaths:
     assert isinstance(both, fx.GraphModule)
     paths = Paths(_Second(gradient_alone(both)), both)
     if on_cpu:
-        return TorchPaths(_without_python(paths, example), width)
+        return TorchPaths(paths, width)
     return TorchPaths(Paths(*(_captured(m, example) for m in (paths.gradient, both))), width)
 
 
@@ -232,21 +231,6 @@ class _Second(nn.Module):
     def forward(self, q: Tensor) -> Tensor:
         second: Tensor = self.inner(q)[1]
         return second
-
-
-def _without_python(paths: Paths, example: Tensor) -> nn.Module:
-    """The same operations in the same order, run by TorchScript's interpreter where it can."""
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # deprecated; nothing else runs a graph so lightly
-            parts = (
-                torch.jit.trace(m, (example,), check_trace=False)
-                for m in (paths.gradient, paths.both)
-            )
-            scripted: nn.Module = torch.jit.freeze(torch.jit.script(Paths(*parts)).eval())
-            return scripted
-    except Exception:
-        return paths
 
 
 def _captured(graph: nn.Module, example: Tensor) -> nn.Module:

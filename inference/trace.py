@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from bayesgen import rng
 from bayesgen.inference.complaints import ProgramError, bijection, user_line
-from bayesgen.inference.graph import capture, simplify
+from bayesgen.inference.graph import capture, never_raising, simplify
 from bayesgen.inference.marginal import pointwise
 from bayesgen.inference.recover import recover
 from bayesgen.inference.sites import Flat, Given, Layout, discover, enumerated, quietly
@@ -90,7 +90,7 @@ class Density:
         example = self._points(num_chains)
         with quietly(self.layout.dtype):
             graph = capture(torch.func.vmap(self.single), example)
-            return simplify(graph, example)
+            return simplify(never_raising(graph), example)
 
     def _points(self, count: int) -> Tensor:
         layout = self.layout

@@ -259,3 +259,26 @@ def test_the_eager_graph_is_small():
 
     density = trace(program, generator=generator())
     assert len(density.batched(4).graph.nodes) < 55
+
+
+@pytest.mark.parametrize("form", ["scale_tril", "covariance"])
+def test_one_chain_where_a_matrix_is_singular_stops_no_other(form):
+    """Torch raises for a whole batch; here that one point has a density that is not finite."""
+
+    def program():
+        scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        matrix = scale * torch.eye(2)
+        if form == "scale_tril":
+            precision = torch.cholesky_inverse(matrix)
+            pyro.factor("x", -0.5 * precision.sum() + matrix.diagonal().log().sum())
+        else:
+            law = dist.MultivariateNormal(torch.zeros(2), covariance_matrix=matrix)
+            pyro.sample("x", law, obs=torch.ones(2))
+
+    density = trace(program, dtype=torch.float64, generator=rng.make_generator(0))
+    points = torch.tensor([[0.3], [-2000.0]], dtype=torch.float64)
+    value, gradient = density.batched(2)(points)
+    wanted = density.pyro_log_prob(points[0])
+    torch.testing.assert_close(value[0], wanted)
+    assert bool(gradient[0].isfinite().all())
+    assert not bool(value[1].isfinite() & gradient[1].isfinite().all())
