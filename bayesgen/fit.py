@@ -68,6 +68,7 @@ class Fit:
         data: The training data, or None when they are not at hand.
         refit: Fits the same model by the same engine to other data with another seed.
         calibration: Conformal calibration of the outlier scores.
+        guide: What :class:`~bayesgen.inference.SVI` has trained: draws more, encodes new rows.
 
     Raises:
         ValueError: No draws, or draws whose leading ``(chain, draw)`` disagree.
@@ -93,6 +94,7 @@ class Fit:
     data: Dataset | None = None
     refit: Callable[[Dataset, int], Fit] | None = None
     calibration: Any = None
+    guide: Any = None
 
     def __post_init__(self) -> None:
         self._check()

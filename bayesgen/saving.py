@@ -96,6 +96,7 @@ def _nested(fit: Fit, include_data: bool | None) -> dict[str, Any]:
         "anchors": fit.anchors if isinstance(fit.model, Symmetric) else None,
         "data": data if include_data else None,
         "calibration": None if fit.calibration is None else fit.calibration.to_config(),
+        "guide": None if fit.guide is None else fit.guide.to_config(),
     }
 
 
@@ -125,6 +126,7 @@ def _restored(saved: Mapping[str, Any], model: type[Model] | None) -> Fit:
     model_class = _model_class(saved["model_class"], model)
     bound = model_class.from_config(saved["model"])
     calibration = saved["calibration"]
+    data = _dataset(saved["data"], saved["schema"])
     fit = Fit(
         bound,
         saved["draws"],
@@ -132,11 +134,12 @@ def _restored(saved: Mapping[str, Any], model: type[Model] | None) -> Fit:
         sample_stats=saved["sample_stats"],
         history=saved["history"],
         attrs={**saved["attrs"], "schema": saved["schema"]},
-        data=_dataset(saved["data"], saved["schema"]),
+        data=data,
         refit=_refit(bound, saved["attrs"]),
         calibration=None
         if calibration is None
         else Calibration.from_config(calibration, model_class),
+        guide=_guide(saved, bound, data),
     )
     if saved["anchors"] is not None:
         fit.__dict__["anchors"] = saved["anchors"]  # where functools.cached_property keeps it
@@ -148,6 +151,16 @@ def _plain(values: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if values is None:
         return None
     return {k: _plain(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+
+
+def _guide(saved: Mapping[str, Any], model: Model, data: Dataset | None) -> Any:
+    """What the engine of the fit makes of its trained guide; None where there is none."""
+    if saved.get("guide") is None:
+        return None
+    found = list(entry_points(group="bayesgen.engines", name=saved["attrs"]["engine"].lower()))
+    if not found:
+        return None
+    return found[0].load().guide_from_config(saved["guide"], model, data)
 
 
 def _dataset(values: Tensor | None, schema: Mapping[str, Any]) -> Dataset | None:

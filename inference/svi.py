@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, final
 
@@ -42,6 +43,7 @@ from bayesgen.inference.svi_step import (
     trace_pair,
 )
 from bayesgen.inference.trained import TrainedProgram
+from bayesgen.inference.trained_guide import Recipe, TrainedGuide
 
 __all__ = ["SVI"]
 
@@ -78,6 +80,8 @@ class Work(NamedTuple):
     setup: Setup
     traced: Traced
     machine: Machine
+    before: Tensor
+    """State of the generator before model and guide met."""
 
 
 @final
@@ -242,6 +246,7 @@ class SVI(Engine[SVIState]):
         if isinstance(model, Model) or not callable(model):
             return super().task(model, data, generator)
         given = arguments(model, data, dtype=self._dtype, device=self._device)
+        before = rng.get_state(generator)
         source = from_function(model, given.args, given.kwargs, self.guide, self.batch_size)
         setup = make_setup(
             source, objective=self._base, dtype=self._dtype, start=None, generator=generator
@@ -251,7 +256,15 @@ class SVI(Engine[SVIState]):
         known = dataclasses.replace(given, num_rows=rows, program=traced.fingerprint())
         program = TrainedProgram(model, setup.pair, known, setup.pair.start())
         return _FunctionTask(
-            program, known, generator, self._device, self._dtype, known.program, setup, traced
+            program,
+            known,
+            generator,
+            self._device,
+            self._dtype,
+            known.program,
+            setup,
+            traced,
+            before,
         )
 
     def _traced(self, setup: Setup, generator: torch.Generator) -> Traced:
@@ -265,8 +278,9 @@ class SVI(Engine[SVIState]):
 
     def prepare(self, task: Task) -> Work:
         if isinstance(task, _FunctionTask):
-            setup, traced = task.setup, task.traced
+            setup, traced, before = task.setup, task.traced, task.before
         else:
+            before = rng.get_state(task.generator)
             source = from_model(
                 task.model, task.data, self.guide, self.batch_size, task.dtype, task.device
             )
@@ -295,7 +309,7 @@ class SVI(Engine[SVIState]):
             compile=self.compile,
             max_steps=self.num_steps,
         )
-        return Work(setup, traced, machine)
+        return Work(setup, traced, machine, before)
 
     def _cost(self, setup: Setup, traced: Traced) -> Cost | None:
         """Of one step: the gradient of every particle, and the optimiser."""
@@ -447,6 +461,7 @@ class SVI(Engine[SVIState]):
                 state.average,
                 self.num_samples,
                 self.local_latents,
+                self._recipe(work),
             )
         )
         found = self._plateau(work, state)
@@ -465,6 +480,15 @@ class SVI(Engine[SVIState]):
         }
         return parts
 
+    def _recipe(self, work: Work) -> Recipe:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return Recipe(describe(self.guide), self._base, self.batch_size, dtype, work.before)
+
+    @staticmethod
+    def guide_from_config(config: Mapping[str, Any], model: Any, data: Any) -> TrainedGuide:
+        """The guide of a saved fit: how a reload finds it."""
+        return TrainedGuide.from_config(config, model, data)
+
 
 @dataclass(frozen=True, eq=False)
 class _FunctionTask(Task):
@@ -472,3 +496,4 @@ class _FunctionTask(Task):
 
     setup: Any = None
     traced: Any = None
+    before: Any = None

@@ -19,6 +19,7 @@ from bayesgen.inference.sites import is_parameter
 from bayesgen.inference.svi_draws import Draws, local_sites, mean_and_error, sampler, settled
 from bayesgen.inference.svi_setup import Setup
 from bayesgen.inference.trained import TrainedProgram
+from bayesgen.inference.trained_guide import Batches, Recipe, TrainedGuide
 from bayesgen.psis import k_hat
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class End(NamedTuple):
     average: Tensor
     num_samples: int
     local_latents: bool
+    recipe: Recipe
 
 
 def finish(end: End) -> dict[str, Any]:
@@ -49,7 +51,7 @@ def finish(end: End) -> dict[str, Any]:
     full = _sees_all(end)
     plate = "data" if isinstance(end.task.model, Guided) else None
     left_out = set() if end.local_latents and full else local_sites(pair.traces, plate)
-    batch = _Batches(end, full)
+    batch = Batches(end.setup, full, generator)
     draw = sampler(pair, batch, left_out=left_out, full=full, traced=end.traced)
     flat, averaged = _better(draw, end)
     final = settled(pair, flat, batch())
@@ -75,7 +77,11 @@ def finish(end: End) -> dict[str, Any]:
         drawn = drawn._replace(values={**drawn.values, **labels})
         attrs["messages"] = [*why, *notes]
     values = _kept(end, pair, drawn, flat)
-    parts: dict[str, Any] = {"model": model, "draws": values, "attrs": attrs}
+    recipe = dataclasses.replace(
+        end.recipe, full=full, traced=end.traced, left_out=tuple(sorted(left_out))
+    )
+    guide = TrainedGuide(recipe, flat, lambda: end.setup)
+    parts: dict[str, Any] = {"model": model, "draws": values, "attrs": attrs, "guide": guide}
     if not drawn.is_point and full and drawn.values:
         parts["sample_stats"] = {"log_weight": drawn.log_weights[None]}
     return parts
@@ -119,33 +125,6 @@ def _sees_all(end: End) -> bool:
     if setup.stream is not None or setup.pair.plates:
         return False
     return not setup.orders or setup.pair.call.num_rows * end.num_samples <= _FULL
-
-
-class _Batches:
-    """Tensors and indices of one evaluation: all rows, or the next minibatch."""
-
-    def __init__(self, end: End, full: bool) -> None:
-        self.end, self.full = end, full
-        orders = len(end.setup.orders) + (end.setup.stream is not None)
-        self.places = [begin(end.task.generator) for _ in range(0 if full else orders)]
-
-    def __call__(self) -> tuple[Tensor, ...]:
-        setup, generator = self.end.setup, self.end.task.generator
-        data = setup.pair.call.tensors
-        if self.full:
-            return data
-        indices, places, waiting = [], [], list(self.places)
-        if setup.stream is not None:
-            rows, place = setup.stream.take(waiting.pop(0), 1, generator)
-            data = (rows,)
-            indices.append(torch.arange(len(rows), device=rows.device))
-            places.append(place)
-        for order, place in zip(setup.orders, waiting, strict=True):
-            index, new = order.take(place, 1, generator)
-            indices.append(index[0])
-            places.append(new)
-        self.places = places
-        return setup.feed.batch(indices, data)
 
 
 def _better(draw: Any, end: End) -> tuple[Tensor, bool]:
