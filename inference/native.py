@@ -27,6 +27,7 @@ __all__ = [
     "LONG",
     "MACHINE",
     "PATHS",
+    "STEPS",
     "NativeDensity",
     "aligned",
     "compiler",
@@ -45,7 +46,7 @@ LONG = 2000
 """Lines of a program with a loop over hundreds of steps: compiled without unrolling, and by a
 compiler that tries less, which takes a quarter of the time and gives code nearly as fast."""
 _QUICK = "-O1 -fno-tree-ter --param max-combine-insns=2".split()
-MACHINE, PATHS = ("trajectory.cpp",), ("random.cpp", "paths.cpp")
+MACHINE, PATHS, STEPS = ("trajectory.cpp",), ("random.cpp", "paths.cpp"), ("steps.cpp",)
 
 
 def compiler() -> str | None:
@@ -270,7 +271,7 @@ def with_slope(density: Density) -> Translation:
 def load(translation: Translation, num_chains: int, size: int, *parts: str) -> NativeDensity:
     """Compile a translated density of ``size`` parameters for a number of chains.
 
-    ``parts`` are the files that move chains with it: ``MACHINE`` or ``PATHS``.
+    ``parts`` are the files that call it: ``MACHINE``, ``PATHS`` or ``STEPS``.
 
     Raises:
         Unsupported: The compiler failed.

@@ -1,4 +1,4 @@
-"""The whole optimiser step as generated C++: one call a step, and nothing of torch in it."""
+"""The whole optimiser step as generated C++: many steps a call, and nothing of torch in it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bayesgen.inference.emit import Unsupported
 from bayesgen.inference.graph import capture, simplify
-from bayesgen.inference.native import MAX_STATEMENTS, aligned, compiler, load, pointer
+from bayesgen.inference.native import MAX_STATEMENTS, STEPS, aligned, compiler, load, pointer
 from bayesgen.inference.svi_step import Feed, Update
 from bayesgen.inference.translate import Translation, translate
 
@@ -93,17 +93,15 @@ class NativeUpdate:
 
     def build(self) -> None:
         """Compile."""
-        self._density = load(self.translation, 1, self.size)
+        self._density = load(self.translation, 1, self.size, *STEPS)
         width = self._density.width
         lanes = aligned(width * (2 * self.size + 1))
         self._x, self._g, self._lp = lanes.split([width * self.size] * 2 + [width])
         self._wide_x = self._x.reshape(self.size, width)
-        self._wide_g = self._g.reshape(self.size, width)
         self._x.zero_()
         self._arguments = (
             *(pointer(v) for v in (self._x, self._lp, self._g)),
             *self._density.constants,
-            ctypes.c_long(1),
             ctypes.c_long(self.size),
         )
 
@@ -127,17 +125,15 @@ class NativeUpdate:
         if not self._is_fixed:
             pairs = zip(data, self._feed.rows, strict=True)
             fed += [v[indices[0]].reshape(count, -1) for v, row in pairs if row]
-        table = torch.cat(fed, 1)[..., None]
-        evaluate = self._density.library.evaluate
+        table = torch.cat(fed, 1).contiguous()
         numbers = table.new_empty(count, 3)
-        held, result = self._wide_x[:m], self._wide_g[:m]
-        told = self._wide_x[m : m + table.shape[1]]
+        held = self._wide_x[:m]
         held.copy_(torch.cat(list(moving))[:, None])
-        first, others = self._lp[0], self._wide_g[m : m + 2, 0]
-        for k in range(count):
-            told.copy_(table[k])
-            evaluate(*self._arguments)
-            held.copy_(result)
-            numbers[k, 0] = first
-            numbers[k, 1:] = others
+        self._density.library.steps(
+            *self._arguments,
+            *(ctypes.c_long(v) for v in (m, table.shape[1])),
+            pointer(table),
+            pointer(numbers),
+            ctypes.c_long(count),
+        )
         return numbers, tuple(v.clone() for v in held[:, 0].split(self._lengths))
