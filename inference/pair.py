@@ -21,6 +21,7 @@ from bayesgen.inference.call import Call
 from bayesgen.inference.complaints import ProgramError, explained
 from bayesgen.inference.noise import Branches, Fed, Tape
 from bayesgen.inference.objectives import OBJECTIVES, Traces, run_both
+from bayesgen.inference.products import PlainProducts
 from bayesgen.inference.sites import quietly
 from bayesgen.priors import same_support
 
@@ -189,7 +190,7 @@ class Pair:
     def gradient_now(self, flat: Tensor, *data: Tensor) -> tuple[Tensor, Tensor]:
         """The same with whatever randomness is in force."""
         leaf = flat.detach().requires_grad_(True)
-        with torch.enable_grad(), self.using(leaf):
+        with torch.enable_grad(), PlainProducts(), self.using(leaf):
             elbo, surrogate = OBJECTIVES[self.objective](self.run(*self.parted(data)))
             if not surrogate.requires_grad:
                 return elbo.detach(), torch.zeros_like(leaf)

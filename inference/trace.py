@@ -21,12 +21,12 @@ import torch
 from pyro import poutine
 from pyro.infer.mcmc.util import TraceEinsumEvaluator
 from torch import Tensor, fx
-from torch.overrides import TorchFunctionMode
 
 from bayesgen import rng
 from bayesgen.inference.complaints import ProgramError, bijection, user_line
 from bayesgen.inference.graph import capture, never_raising, simplify
 from bayesgen.inference.marginal import pointwise
+from bayesgen.inference.products import PlainProducts
 from bayesgen.inference.recover import recover
 from bayesgen.inference.sites import Flat, Given, Layout, discover, enumerated, quietly
 from bayesgen.inference.summed import add_up
@@ -319,31 +319,8 @@ def _agrees(density: Density) -> bool:
 
 
 # ---------------------------------------------------------------- one vector
-class _PlainProducts(TorchFunctionMode):
-    """Running products by doubling: torch's own gradient of them treats zeros by fifty steps."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in (torch.cumprod, Tensor.cumprod) and args[0].requires_grad:
-            dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
-            if isinstance(dim, int) and args[0].ndim:
-                return _running_product(args[0], dim)
-        return func(*args, **kwargs)
-
-
-def _running_product(value: Tensor, dim: int) -> Tensor:
-    size, shift = value.shape[dim], 1
-    while shift < size:
-        moved = value.narrow(dim, shift, size - shift) * value.narrow(dim, 0, size - shift)
-        value = torch.cat((value.narrow(dim, 0, shift), moved), dim)
-        shift *= 2
-    return value
-
-
 def _log_density(layout: Layout, vector: Tensor) -> Tensor:
-    with quietly(layout.dtype), _PlainProducts(), Flat(layout.sites, vector) as flat:
+    with quietly(layout.dtype), PlainProducts(), Flat(layout.sites, vector) as flat:
         if not layout.enumerated:
             nodes = poutine.trace(layout.run).get_trace()
             add_up(nodes)

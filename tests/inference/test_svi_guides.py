@@ -75,7 +75,15 @@ def mixture(x, num_rows=None):
         pyro.sample("x", law, obs=x)
 
 
+def simplex(x):
+    """Its weights' running product has a gradient of its own in torch, by cases."""
+    weights = pyro.sample("weights", dist.Dirichlet(torch.ones(4)))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(weights @ torch.arange(4.0), 1.0), obs=x)
+
+
 STEPS = [
+    ({}, simplex),
     ({}, program),
     ({"num_particles": 3, "objective": "iwae"}, program),
     ({"batch_size": 2}, mixture),
@@ -178,6 +186,7 @@ def test_discrete_latents_are_recovered_or_said_to_be_missing():
         assert (fit.draws["z"].double().mean((0, 1)) > 0.5).tolist() == [False, True, False, True]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_a_new_process(tmp_path):
     """Stopped after 144 of 300 steps, ended elsewhere: bit-equal to never having stopped."""
     here = str(Path(__file__).parent)
