@@ -55,20 +55,25 @@ MODELS = {"schools": schools, "logistic": logistic, "radon": radon, "mixture": m
 
 def prepare(workload, data, options):
     data = {k: v if v.ndim == 0 else jnp.asarray(v) for k, v in data.items()}
-    run = MCMC(
-        NUTS(functools.partial(MODELS[workload], data)),
-        num_warmup=options.get("warmup", 500),
-        num_samples=options.get("samples", 1000),
-        num_chains=options.get("chains", 4),
-        chain_method=options["method"],
-        progress_bar=False,
-    )
+    chains = options.get("chains", 4)
+
+    @jax.jit  # a second MCMC.run would compile again
+    def run(key):
+        mcmc = MCMC(
+            NUTS(functools.partial(MODELS[workload], data)),
+            num_warmup=options.get("warmup", 500),
+            num_samples=options.get("samples", 1000),
+            num_chains=chains,
+            chain_method=options["method"],
+            progress_bar=False,
+        )
+        mcmc.run(key, extra_fields=("num_steps",))
+        steps = mcmc.get_extra_fields()["num_steps"].sum()
+        return mcmc.get_samples(group_by_chain=True), steps
 
     def sample(seed):
-        run.run(jax.random.PRNGKey(seed), extra_fields=("num_steps",))
-        draws = jax.tree.map(jax.block_until_ready, run.get_samples(group_by_chain=True))
-        steps = int(run.get_extra_fields()["num_steps"].sum())
-        return draws, steps, f"{run.num_chains} chains, {options['method']}"
+        draws, steps = jax.tree.map(jax.block_until_ready, run(jax.random.PRNGKey(seed)))
+        return draws, int(steps), f"{chains} chains, {options['method']}"
 
     return sample
 
