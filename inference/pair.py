@@ -11,6 +11,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import ExpandedDistribution, MaskedDistribution
+from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import Independent
@@ -22,7 +23,7 @@ from bayesgen.inference.complaints import ProgramError, explained
 from bayesgen.inference.noise import Branches, Fed, Tape
 from bayesgen.inference.objectives import OBJECTIVES, Traces, run_both
 from bayesgen.inference.products import PlainProducts
-from bayesgen.inference.sites import quietly
+from bayesgen.inference.sites import Checked, check_program, quietly
 from bayesgen.priors import same_support
 
 __all__ = ["Pair", "Parameter", "Plate", "meet"]
@@ -247,10 +248,16 @@ def meet(
     store: dict[str, Any] = {"params": {}, "constraints": {}}
     args, kwargs = call.arguments(tensors)
     kwargs |= extra
+    if isinstance(guide, AutoGuide):
+        # By another generator and store: the seed decides where parameters start.
+        aside = rng.make_generator(0, generator.device)
+        with _context(dtype, {"params": {}, "constraints": {}}):
+            check_program(lambda: model(*args, **kwargs), dtype=dtype, generator=aside)
     with rng.fork(generator), _context(dtype, store, validate=True), explained():
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         replayed = poutine.replay(model, trace=guide_trace)
-        model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
+        with Checked():
+            model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
     traces = Traces(model_trace, guide_trace)
     discrete = _check_match(traces)
     if objective == "auto":

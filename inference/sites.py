@@ -32,6 +32,8 @@ from bayesgen.inference.complaints import (
 from bayesgen.replay import quietly
 
 __all__ = [
+    "Checked",
+    "check_program",
     "Flat",
     "Given",
     "Layout",
@@ -134,6 +136,17 @@ class _Start(Messenger):
         check_observed(msg)
         if self.before and self.before.discrete:
             check_rows(msg, self.before.discrete)
+
+
+class Checked(Messenger):
+    """Check every site as it is met, whatever gives the latents their values."""
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if not _is_plate(msg):
+            check_law(msg["name"], msg["fn"])
+
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+        check_observed(msg)
 
 
 class _Bounded(Messenger):
@@ -266,6 +279,22 @@ def discover(
     if discrete:
         _rehearse(layout, starter.raw)
     return layout
+
+
+def check_program(
+    run: Callable[[], Any], *, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    """What :func:`discover` checks of sites, where parameters and subsamples are welcome.
+
+    Raises:
+        ValueError: A program with sites that no automatic guide can follow, with what to do.
+    """
+    with rng.fork(generator), quietly(dtype, validate=True), explained(), torch.no_grad():
+        starter = _Start(generator)
+        with starter:
+            nodes = poutine.trace(run).get_trace().nodes
+        with _Start(generator, starter):
+            check_same(nodes, poutine.trace(run).get_trace().nodes)
 
 
 def _rehearse(layout: Layout, raw: dict[str, Tensor]) -> None:

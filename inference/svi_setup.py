@@ -19,7 +19,7 @@ from bayesgen.inference.guides import make_guide
 from bayesgen.inference.minibatch import Order, Stream
 from bayesgen.inference.objectives import Traces
 from bayesgen.inference.pair import Pair, Plate, meet
-from bayesgen.inference.sites import quietly
+from bayesgen.inference.sites import Checked, quietly
 from bayesgen.inference.start import conjugate_values
 from bayesgen.inference.svi_step import Feed
 
@@ -168,7 +168,8 @@ def _discrete(
     args, kwargs = call.arguments(tensors)
     kwargs |= source.extra
     with rng.fork(generator), quietly(dtype, validate=True), explained(), torch.no_grad():
-        nodes = poutine.trace(source.model).get_trace(*args, **kwargs).nodes
+        with Checked():
+            nodes = poutine.trace(source.model).get_trace(*args, **kwargs).nodes
     return [
         name
         for name, node in nodes.items()
