@@ -120,6 +120,7 @@ def simplify(graph: fx.GraphModule, *example: Tensor) -> fx.GraphModule:
     values = _evaluate(graph, example)
     _fold(graph, values)
     _values_of_max(graph, values)
+    _plain_scatter(graph, values)
     _log_sigmoid(graph, values)
     _drop(graph, values)
     _share(graph)
@@ -266,6 +267,32 @@ def _values_of_max(graph: fx.GraphModule, values: dict[fx.Node, Any]) -> None:
         values[new] = values[node][0]
         for user in list(node.users):
             user.replace_all_uses_with(new)
+
+
+def _plain_scatter(graph: fx.GraphModule, values: dict[fx.Node, Any]) -> None:
+    """Write ``as_strided_scatter`` by ``scatter``: there is no batching rule for the former."""
+    for node in graph.graph.find_nodes(
+        op="call_function", target=_aten.as_strided_scatter.default
+    ):
+        base, source, size, stride, *offset = node.args
+        whole = values[base]
+        if not whole.is_contiguous():
+            continue
+        places = torch.arange(whole.numel(), device=whole.device)
+        places = places.as_strided(size, stride, *offset).reshape(-1)
+        graph.register_buffer(f"_places_{node.name}", places)
+        with graph.graph.inserting_before(node):
+            call = graph.graph.call_function
+            index = graph.graph.get_attr(f"_places_{node.name}")
+            flat = call(_aten.reshape.default, (base, [-1]))
+            new = call(_aten.reshape.default, (source, [-1]))
+            found = call(_aten.scatter.src, (flat, 0, index, new))
+            shaped = call(_aten.reshape.default, (found, list(whole.shape)))
+        value = values[node].reshape(-1)
+        values |= {index: places, flat: whole.reshape(-1), found: value, shaped: values[node]}
+        values[new] = values[source].reshape(-1)
+        node.replace_all_uses_with(shaped)
+        graph.graph.erase_node(node)
 
 
 def _log_sigmoid(graph: fx.GraphModule, values: dict[fx.Node, Any]) -> None:
