@@ -120,6 +120,7 @@ def simplify(graph: fx.GraphModule, *example: Tensor) -> fx.GraphModule:
     values = _evaluate(graph, example)
     _fold(graph, values)
     _values_of_max(graph, values)
+    _plain_copy(graph, values)
     _plain_scatter(graph, values)
     _log_sigmoid(graph, values)
     _drop(graph, values)
@@ -292,6 +293,20 @@ def _plain_scatter(graph: fx.GraphModule, values: dict[fx.Node, Any]) -> None:
         values |= {index: places, flat: whole.reshape(-1), found: value, shaped: values[node]}
         values[new] = values[source].reshape(-1)
         node.replace_all_uses_with(shaped)
+        graph.graph.erase_node(node)
+
+
+def _plain_copy(graph: fx.GraphModule, values: dict[fx.Node, Any]) -> None:
+    """Write ``copy`` by what it copies: vmap has no rule for it, and warns at every call."""
+    for node in list(graph.graph.find_nodes(op="call_function", target=_aten.copy.default)):
+        base, source = node.args[:2]
+        whole, given = values[base], values[source]
+        if (whole.dtype, whole.device) != (given.dtype, given.device):
+            continue
+        with graph.graph.inserting_before(node):
+            new = graph.graph.call_function(_aten.expand.default, (source, list(whole.shape)))
+        values[new] = given.expand(whole.shape)
+        node.replace_all_uses_with(new)
         graph.graph.erase_node(node)
 
 

@@ -108,3 +108,9 @@ def test_a_flow_finds_it():
     ratio = draws.std(0) / covariance.diagonal().sqrt()
     torch.testing.assert_close(ratio, torch.ones(2, dtype=D64), atol=0.1, rtol=0.0)
     assert fit.attrs["k_hat"] < 0.7
+
+
+def test_several_particles_of_a_low_rank_guide_are_quiet(capfd):
+    """Torch warned at every step that it copies one particle after the other."""
+    SVI(guide=FULL["low rank"], num_steps=48, num_particles=2).run(line, rows(), seed=0)
+    assert "BatchedFallback" not in capfd.readouterr().err
