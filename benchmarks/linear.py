@@ -26,7 +26,7 @@ import torch
 
 from bayesgen.data import as_dataset
 from bayesgen.inference import EM, VB, ClosedForm
-from bayesgen.inference.coordinate import ascend
+from bayesgen.inference.conjugate.coordinate import ascend
 from bayesgen.inference.em import _Mode
 from bayesgen.inference.run import Task
 from bayesgen.inference.vb import _Expectation

@@ -29,7 +29,7 @@ from threadpoolctl import threadpool_limits
 from bayesgen.data import as_dataset
 from bayesgen.distributions import NormalInverseWishart
 from bayesgen.inference import EM, VB
-from bayesgen.inference.coordinate import evaluate
+from bayesgen.inference.conjugate.coordinate import evaluate
 from bayesgen.inference.em import _Mode
 from bayesgen.inference.run import Task
 from bayesgen.inference.vb import VBState, _Expectation

@@ -150,8 +150,8 @@ class Ours:
 
     def one(self):
         """Noise, rows and scalars of one step, and the step: nothing is drawn ahead."""
-        from bayesgen.inference.svi_machine import Steps
-        from bayesgen.inference.svi_step import draw_noise
+        from bayesgen.inference.variational.machine import Steps
+        from bayesgen.inference.variational.step import draw_noise
 
         engine, task, work, state = self.engine, self.task, self.work, self.state
         generator, pair, done = task.generator, work.setup.pair, state.num_steps

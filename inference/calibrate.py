@@ -24,8 +24,8 @@ from bayesgen.calibration import Ranks, rank_truth
 from bayesgen.capabilities import Generative, Model, Pointwise, Program, Scored, Symmetric, require
 from bayesgen.data import as_dataset
 from bayesgen.fit import Fit
-from bayesgen.inference.program import arguments, bound_program
-from bayesgen.inference.sites import Layout, discover
+from bayesgen.inference.programs.program import arguments, bound_program
+from bayesgen.inference.programs.sites import Layout, discover
 from bayesgen.predictive import PriorPredictive, program_prior, sample_prior
 from bayesgen.replay import Forwards, is_data, log_priors, quietly
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from bayesgen.capabilities import Conjugate, Partitioned
 from bayesgen.data import Dataset
 from bayesgen.inference.checks import check_choice, check_settings
-from bayesgen.inference.coordinate import STARTS, Nested, first_statistics, stack
+from bayesgen.inference.conjugate.coordinate import STARTS, Nested, first_statistics, stack
+from bayesgen.inference.conjugate.source import Source
+from bayesgen.inference.conjugate.split_merge import split_merge
 from bayesgen.inference.run import Engine, Info, Task
-from bayesgen.inference.source import Source
-from bayesgen.inference.split_merge import split_merge
 from bayesgen.inference.vb import VB
 
 if TYPE_CHECKING:

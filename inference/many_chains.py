@@ -13,7 +13,8 @@ from torch import Tensor
 from bayesgen import rng
 from bayesgen.capabilities import Conjugate
 from bayesgen.inference.checks import check_settings
-from bayesgen.inference.cross_chain import (
+from bayesgen.inference.compiled.threads import in_one_thread
+from bayesgen.inference.hamiltonian.cross_chain import (
     JITTER,
     Differences,
     Pace,
@@ -23,8 +24,8 @@ from bayesgen.inference.cross_chain import (
     jitter,
     typical,
 )
-from bayesgen.inference.leapfrog import leapfrog
-from bayesgen.inference.many_warmup import (
+from bayesgen.inference.hamiltonian.leapfrog import leapfrog
+from bayesgen.inference.hamiltonian.many_warmup import (
     SETTLING,
     Adaptation,
     ManyState,
@@ -36,10 +37,9 @@ from bayesgen.inference.many_warmup import (
     packed_of,
     take_moves,
 )
+from bayesgen.inference.programs.start import check_start, starting_points
+from bayesgen.inference.programs.traced import TracedEngine, live_r_hat
 from bayesgen.inference.run import Info, Task
-from bayesgen.inference.start import check_start, starting_points
-from bayesgen.inference.threads import in_one_thread
-from bayesgen.inference.traced import TracedEngine, live_r_hat
 
 __all__ = ["ManyChains"]
 

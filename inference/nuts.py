@@ -12,22 +12,18 @@ from torch import Tensor
 
 from bayesgen import rng
 from bayesgen.capabilities import Conjugate
-from bayesgen.inference.adaptation import (
+from bayesgen.inference.checks import check_settings
+from bayesgen.inference.compiled.speed import Speed, choose
+from bayesgen.inference.compiled.threads import in_one_thread
+from bayesgen.inference.hamiltonian.adaptation import (
     Adaptation,
     StepSize,
     first_inverse_mass,
     first_step_size,
     start_adaptation,
 )
-from bayesgen.inference.checks import check_settings
-from bayesgen.inference.machines import NativeMachine
-from bayesgen.inference.run import Info, Task
-from bayesgen.inference.speed import Speed, choose
-from bayesgen.inference.start import check_start, starting_points
-from bayesgen.inference.threads import in_one_thread
-from bayesgen.inference.trace import Density
-from bayesgen.inference.traced import TracedEngine, live_r_hat
-from bayesgen.inference.trajectory import (
+from bayesgen.inference.hamiltonian.machines import NativeMachine
+from bayesgen.inference.hamiltonian.trajectory import (
     STATISTICS,
     Metric,
     Trajectories,
@@ -35,6 +31,10 @@ from bayesgen.inference.trajectory import (
     relaunch,
     tables,
 )
+from bayesgen.inference.programs.start import check_start, starting_points
+from bayesgen.inference.programs.trace import Density
+from bayesgen.inference.programs.traced import TracedEngine, live_r_hat
+from bayesgen.inference.run import Info, Task
 
 __all__ = ["NUTS"]
 

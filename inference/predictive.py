@@ -10,8 +10,8 @@ import torch
 from bayesgen.capabilities import Model
 from bayesgen.data import as_dataset
 from bayesgen.inference.checks import check_settings
-from bayesgen.inference.complaints import explained
-from bayesgen.inference.program import arguments, bound_program
+from bayesgen.inference.programs.complaints import explained
+from bayesgen.inference.programs.program import arguments, bound_program
 from bayesgen.predictive import PriorPredictive, program_prior, sample_prior
 
 __all__ = ["PriorPredictive", "prior_predictive"]

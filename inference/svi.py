@@ -14,26 +14,26 @@ from torch import Tensor
 from bayesgen import rng
 from bayesgen.capabilities import Model, Program
 from bayesgen.inference.checks import check_choice, check_settings
-from bayesgen.inference.complaints import ProgramError
-from bayesgen.inference.cost import Cost, cost_of
-from bayesgen.inference.guides import check_guide, describe
-from bayesgen.inference.minibatch import begin
-from bayesgen.inference.optimizers import OPTIMIZERS, Constant, Optimizer, Schedule
-from bayesgen.inference.plateau import Plateau, plateau
-from bayesgen.inference.program import arguments
+from bayesgen.inference.compiled.cost import Cost, cost_of
+from bayesgen.inference.programs.complaints import ProgramError
+from bayesgen.inference.programs.program import arguments
 from bayesgen.inference.run import Engine, Info, Task
-from bayesgen.inference.svi_blame import culprit
-from bayesgen.inference.svi_draws import mean_and_error
-from bayesgen.inference.svi_finish import End, finish
-from bayesgen.inference.svi_machine import Machine, Steps
-from bayesgen.inference.svi_setup import (
+from bayesgen.inference.variational.blame import culprit
+from bayesgen.inference.variational.draws import mean_and_error
+from bayesgen.inference.variational.finish import End, finish
+from bayesgen.inference.variational.guides import check_guide, describe
+from bayesgen.inference.variational.machine import Machine, Steps
+from bayesgen.inference.variational.minibatch import begin
+from bayesgen.inference.variational.optimizers import OPTIMIZERS, Constant, Optimizer, Schedule
+from bayesgen.inference.variational.plateau import Plateau, plateau
+from bayesgen.inference.variational.setup import (
     Setup,
     conjugate_start,
     from_function,
     from_model,
     make_setup,
 )
-from bayesgen.inference.svi_step import (
+from bayesgen.inference.variational.step import (
     Feed,
     Traced,
     draw_noise,
@@ -42,8 +42,8 @@ from bayesgen.inference.svi_step import (
     particles_by_pyro,
     trace_pair,
 )
-from bayesgen.inference.trained import TrainedProgram
-from bayesgen.inference.trained_guide import Recipe, TrainedGuide
+from bayesgen.inference.variational.trained import TrainedProgram
+from bayesgen.inference.variational.trained_guide import Recipe, TrainedGuide
 
 __all__ = ["SVI"]
 
@@ -122,8 +122,8 @@ class SVI(Engine[SVIState]):
         alpha: Order of Rényi's bound, any number but one.
         num_particles: Draws from the guide for each step, all in one call.
         optimizer: ``"adam"``, ``"adamw"``, ``"sgd"``, ``"momentum"``, ``"rmsprop"``,
-            ``"adagrad"``, or an :class:`~bayesgen.inference.optimizers.Optimizer`.
-        learning_rate: A number, or a :class:`~bayesgen.inference.optimizers.Schedule`.
+            ``"adagrad"``, or an :class:`~bayesgen.inference.variational.optimizers.Optimizer`.
+        learning_rate: A number, or a :class:`~bayesgen.inference.variational.optimizers.Schedule`.
         max_norm: Longest gradient; longer ones are shortened.
         batch_size: Rows of a minibatch; None sees all rows at every step.
         num_steps: Optimiser steps at most.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bayesgen.capabilities import Conjugate, Partitioned
 from bayesgen.inference.checks import check_choice, check_settings
-from bayesgen.inference.coordinate import (
+from bayesgen.inference.conjugate.coordinate import (
     STARTS,
     Ascent,
     Nested,
@@ -22,9 +22,9 @@ from bayesgen.inference.coordinate import (
     final,
     pick,
 )
-from bayesgen.inference.moves import KINDS, attempt, num_occupied
+from bayesgen.inference.conjugate.moves import KINDS, attempt, num_occupied
+from bayesgen.inference.conjugate.source import Source
 from bayesgen.inference.run import Engine, Info, Task
-from bayesgen.inference.source import Source
 
 if TYPE_CHECKING:
     from bayesgen.capabilities import Tensors

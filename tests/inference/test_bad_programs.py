@@ -14,9 +14,9 @@ import torch
 from pyro.distributions import constraints
 
 from bayesgen.inference import NUTS, SVI, ManyChains
-from bayesgen.inference.complaints import ProgramError, explained
-from bayesgen.inference.sites import discover
-from bayesgen.inference.trace import trace
+from bayesgen.inference.programs.complaints import ProgramError, explained
+from bayesgen.inference.programs.sites import discover
+from bayesgen.inference.programs.trace import trace
 from bayesgen.rng import make_generator
 
 __all__: list[str] = []

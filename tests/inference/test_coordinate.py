@@ -15,8 +15,8 @@ from bayesgen import rng
 from bayesgen.data import as_dataset
 from bayesgen.distributions import NormalInverseWishart
 from bayesgen.inference import EM, VB
-from bayesgen.inference.coordinate import ascend, begin, pick
-from bayesgen.inference.source import Source
+from bayesgen.inference.conjugate.coordinate import ascend, begin, pick
+from bayesgen.inference.conjugate.source import Source
 from bayesgen.inference.vb import _Expectation
 from bayesgen.models import GaussianMixture
 from bayesgen.priors import (

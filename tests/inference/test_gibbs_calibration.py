@@ -13,9 +13,9 @@ from bayesgen import rng
 from bayesgen.calibration import geweke_joint_test, simulation_based_calibration
 from bayesgen.data import as_dataset
 from bayesgen.distributions import NormalInverseWishart
+from bayesgen.inference.conjugate.source import Source
 from bayesgen.inference.gibbs import Gibbs, GibbsState, Work
 from bayesgen.inference.run import Task
-from bayesgen.inference.source import Source
 from bayesgen.inference.vb import VB
 from bayesgen.models import GaussianMixture
 from bayesgen.models.families.normal_inverse_wishart import NormalInverseWishartBlock

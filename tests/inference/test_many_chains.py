@@ -15,7 +15,7 @@ from scipy import stats
 from bayesgen import rng
 from bayesgen.arviz_groups import import_arviz
 from bayesgen.inference import ManyChains, many_chains, paths
-from bayesgen.inference.cross_chain import (
+from bayesgen.inference.hamiltonian.cross_chain import (
     Differences,
     Schedule,
     best_length,
@@ -24,8 +24,8 @@ from bayesgen.inference.cross_chain import (
     jitter,
     typical,
 )
-from bayesgen.inference.leapfrog import leapfrog, width_of
-from bayesgen.inference.trace import trace
+from bayesgen.inference.hamiltonian.leapfrog import leapfrog, width_of
+from bayesgen.inference.programs.trace import trace
 
 __all__: list[str] = []
 

@@ -9,11 +9,18 @@ import torch
 
 from bayesgen import rng
 from bayesgen.inference import NUTS, native, speed
-from bayesgen.inference.emit import Unsupported
-from bayesgen.inference.machines import NativeMachine
-from bayesgen.inference.native import LONG, MACHINE, compiler, load, translated, with_slope
-from bayesgen.inference.trace import trace
-from bayesgen.inference.trajectory import Metric, Trajectories, launch, machine, tables
+from bayesgen.inference.compiled.emit import Unsupported
+from bayesgen.inference.compiled.native import (
+    LONG,
+    MACHINE,
+    compiler,
+    load,
+    translated,
+    with_slope,
+)
+from bayesgen.inference.hamiltonian.machines import NativeMachine
+from bayesgen.inference.hamiltonian.trajectory import Metric, Trajectories, launch, machine, tables
+from bayesgen.inference.programs.trace import trace
 from tests.inference.test_trace import LATENTS, enumerated_mixture, program_of_several
 
 __all__: list[str] = []
@@ -207,7 +214,7 @@ def test_a_compiler_that_is_killed_once_is_tried_again(tmp_path, monkeypatch, ti
     monkeypatch.setenv("CXX", str(script))
     native._library.cache_clear()
     monkeypatch.setenv("BAYESGEN_CACHE", str(tmp_path))
-    monkeypatch.setattr("bayesgen.inference.speed._inductor", _not_now)
+    monkeypatch.setattr("bayesgen.inference.compiled.speed._inductor", _not_now)
     fit = engine.run(program)
     if times == 1:
         assert fit.attrs["is_compiled"]

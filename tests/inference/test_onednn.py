@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from bayesgen.inference.graph import capture, compile_graph
-from bayesgen.inference.onednn import by_onednn
+from bayesgen.inference.compiled.graph import capture, compile_graph
+from bayesgen.inference.compiled.onednn import by_onednn
 
 __all__: list[str] = []
 

@@ -12,7 +12,7 @@ import torch
 
 from bayesgen import rng
 from bayesgen.inference import NUTS, ManyChains, pathfinder
-from bayesgen.inference.pathfinder import ascend, laws_of
+from bayesgen.inference.hamiltonian.pathfinder import ascend, laws_of
 
 __all__: list[str] = []
 

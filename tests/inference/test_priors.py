@@ -10,8 +10,8 @@ from pyro.distributions import constraints
 
 from bayesgen import rng
 from bayesgen.inference import NUTS, prior_predictive
-from bayesgen.inference.complaints import ProgramError
-from bayesgen.inference.trace import trace
+from bayesgen.inference.programs.complaints import ProgramError
+from bayesgen.inference.programs.trace import trace
 from bayesgen.models import GaussianMixture
 from bayesgen.priors import with_priors
 

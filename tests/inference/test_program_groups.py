@@ -194,7 +194,7 @@ def test_labels_come_from_frames_and_from_arguments_named_like_plates():
 
 
 def test_frames_that_differ_in_the_middle_have_another_fingerprint():
-    from bayesgen.inference.program import Arguments
+    from bayesgen.inference.programs.program import Arguments
 
     long = pd.DataFrame({"a": np.zeros(1000)})
     other = long.copy()

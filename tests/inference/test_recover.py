@@ -12,8 +12,8 @@ import torch
 
 from bayesgen import rng
 from bayesgen.inference import NUTS, SVI
-from bayesgen.inference.trace import trace
-from bayesgen.inference.traced import live_r_hat
+from bayesgen.inference.programs.trace import trace
+from bayesgen.inference.programs.traced import live_r_hat
 
 __all__: list[str] = []
 
@@ -133,11 +133,11 @@ def test_variational_inference_says_why_it_lacks_them(monkeypatch):
             label = pyro.sample("label", dist.Bernoulli(share))
             pyro.sample("x", dist.Normal(3.0 * label, 1.0), obs=x)
 
-    monkeypatch.setattr("bayesgen.inference.svi_finish._FULL", 3)
+    monkeypatch.setattr("bayesgen.inference.variational.finish._FULL", 3)
     fit = SVI(num_steps=48, num_samples=5, batch_size=2).run(rows, X)
     assert "label" not in fit.draws
     assert any("'label'. To draw them takes all rows" in m for m in fit.attrs["messages"])
-    monkeypatch.setattr("bayesgen.inference.recover._MAX_LABELS", 19)
+    monkeypatch.setattr("bayesgen.inference.programs.recover._MAX_LABELS", 19)
     fit = SVI(num_steps=48, num_samples=5).run(rows, X)
     assert any("'label'" in m and "20 labels" in m for m in fit.attrs["messages"])
 
@@ -156,7 +156,7 @@ def test_without_a_trace_they_are_drawn_one_by_one():
 
 
 def test_labels_that_are_too_many_are_left_out_and_said(monkeypatch):
-    monkeypatch.setattr("bayesgen.inference.recover._MAX_LABELS", 79)
+    monkeypatch.setattr("bayesgen.inference.programs.recover._MAX_LABELS", 79)
     fit = NUTS(num_chains=2, num_samples=10, num_warmup=20).run(mixture)
     assert "label" not in fit.draws
     assert any("'label'" in m and "80 labels" in m for m in fit.attrs["messages"])

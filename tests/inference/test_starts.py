@@ -8,7 +8,7 @@ import torch
 from bayesgen import rng
 from bayesgen.data import as_dataset
 from bayesgen.inference import EM, VB, Gibbs
-from bayesgen.inference.source import Source
+from bayesgen.inference.conjugate.source import Source
 from bayesgen.models import GaussianMixture, Mixture
 from bayesgen.models.families.bernoulli import Bernoulli
 
@@ -75,7 +75,7 @@ def test_gibbs_moves_in_float32(generator) -> None:
 @pytest.mark.parametrize("wide", [True, False])
 def test_features_are_kept_where_they_are_no_larger_than_the_rows(wide: bool, monkeypatch) -> None:
     """Binary rows are their own features; a Gaussian's are all products of two columns."""
-    monkeypatch.setattr("bayesgen.inference.source._KEEP", 0)
+    monkeypatch.setattr("bayesgen.inference.conjugate.source._KEEP", 0)
     generator = rng.make_generator(0)
     x = baskets(600, generator)[0] if wide else torch.randn((600, 8), generator=generator)
     data = as_dataset(x)
@@ -90,7 +90,7 @@ def test_features_are_kept_where_they_are_no_larger_than_the_rows(wide: bool, mo
 @pytest.mark.parametrize("columns", [1, 3, 4])
 def test_condensed_batches_are_the_same_to_the_bit(holes: bool, columns: int, monkeypatch) -> None:
     """Between passes only the columns are kept; every statistic must not notice."""
-    monkeypatch.setattr("bayesgen.inference.source._KEEP", 0)
+    monkeypatch.setattr("bayesgen.inference.conjugate.source._KEEP", 0)
     generator = rng.make_generator(0)
     x = torch.randn((500, columns), generator=generator, dtype=torch.float64)
     if holes:

@@ -12,8 +12,8 @@ from bayesgen import rng
 from bayesgen.data import as_dataset
 from bayesgen.distributions import PartialLowRankMultivariateNormal, Summed
 from bayesgen.inference import SVI
-from bayesgen.inference.record import record
-from bayesgen.inference.trace import trace
+from bayesgen.inference.programs.record import record
+from bayesgen.inference.programs.trace import trace
 from bayesgen.models import PPCA, BayesianPCA, FactorAnalysis
 
 __all__: list[str] = []

@@ -15,8 +15,8 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 from bayesgen import rng
 from bayesgen.inference import SVI
-from bayesgen.inference.svi_setup import from_function, make_setup
-from bayesgen.inference.svi_step import draw_noise, trace_pair
+from bayesgen.inference.variational.setup import from_function, make_setup
+from bayesgen.inference.variational.step import draw_noise, trace_pair
 from bayesgen.models import GaussianMixture
 
 __all__: list[str] = []
@@ -150,7 +150,7 @@ def test_a_mixture_of_ours():
 def test_a_flow_as_a_guide():
     if importlib.util.find_spec("zuko") is None:
         pytest.skip("needs the extra 'flows'")
-    from bayesgen.inference.flow_guide import FlowGuide
+    from bayesgen.inference.variational.flow_guide import FlowGuide
 
     x, y = rows()
     mean, covariance, evidence = exact(x, y)

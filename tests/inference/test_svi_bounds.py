@@ -11,13 +11,13 @@ from scipy import stats
 
 from bayesgen import rng
 from bayesgen.inference import SVI
-from bayesgen.inference.call import Call
-from bayesgen.inference.minibatch import Order, begin
-from bayesgen.inference.noise import Drawn, Fed, Hidden, Tape
-from bayesgen.inference.optimizers import OPTIMIZERS, Cosine, Exponential
-from bayesgen.inference.plateau import plateau
-from bayesgen.inference.svi_setup import from_function, make_setup
-from bayesgen.inference.svi_step import draw_noise, particles, trace_pair
+from bayesgen.inference.programs.call import Call
+from bayesgen.inference.variational.minibatch import Order, begin
+from bayesgen.inference.variational.noise import Drawn, Fed, Hidden, Tape
+from bayesgen.inference.variational.optimizers import OPTIMIZERS, Cosine, Exponential
+from bayesgen.inference.variational.plateau import plateau
+from bayesgen.inference.variational.setup import from_function, make_setup
+from bayesgen.inference.variational.step import draw_noise, particles, trace_pair
 
 __all__: list[str] = []
 

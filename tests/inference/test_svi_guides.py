@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from bayesgen.inference import SVI, svi_machine
-from bayesgen.inference.emit import Unsupported
+from bayesgen.inference.compiled.emit import Unsupported
 from bayesgen.models import GaussianMixture
 
 __all__: list[str] = []

@@ -10,8 +10,8 @@ from pyro import poutine
 from pyro.distributions import constraints
 
 from bayesgen import rng
-from bayesgen.inference.complaints import bijection
-from bayesgen.inference.trace import trace
+from bayesgen.inference.programs.complaints import bijection
+from bayesgen.inference.programs.trace import trace
 
 __all__: list[str] = []
 

@@ -12,7 +12,7 @@ from pyro.infer.autoguide import AutoNormal
 
 import bayesgen
 from bayesgen.inference import SVI
-from bayesgen.inference.trained_guide import TrainedGuide
+from bayesgen.inference.variational.trained_guide import TrainedGuide
 from bayesgen.models import GaussianMixture
 
 __all__: list[str] = []

@@ -14,9 +14,9 @@ from bayesgen.calibration import geweke_joint_test, simulation_based_calibration
 from bayesgen.data import as_dataset
 from bayesgen.distributions import HorseshoePrecision, RootInverseGamma
 from bayesgen.inference import NUTS, SVI, VB, Gibbs
+from bayesgen.inference.conjugate.source import Source
 from bayesgen.inference.gibbs import GibbsState, Work
 from bayesgen.inference.run import Task
-from bayesgen.inference.source import Source
 from bayesgen.models import PPCA, BayesianPCA, RobustPCA
 from bayesgen.models.linear import expansion
 from bayesgen.models.linear.block import LoadingsBlock

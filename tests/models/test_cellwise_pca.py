@@ -15,9 +15,9 @@ from bayesgen.data import as_dataset
 from bayesgen.distributions import RootInverseGamma
 from bayesgen.fit import load
 from bayesgen.inference import EM, NUTS, VB, Gibbs
+from bayesgen.inference.conjugate.source import Source
 from bayesgen.inference.gibbs import GibbsState, Work
 from bayesgen.inference.run import Task
-from bayesgen.inference.source import Source
 from bayesgen.models import PPCA, RobustPCA
 from bayesgen.models.linear import latent_integral
 from bayesgen.models.linear.latent_integral import TOLERANCE

@@ -15,9 +15,9 @@ from bayesgen.distributions import (
     RootInverseGamma,
 )
 from bayesgen.inference import Gibbs
+from bayesgen.inference.conjugate.source import Source
 from bayesgen.inference.gibbs import GibbsState, Work
 from bayesgen.inference.run import Task
-from bayesgen.inference.source import Source
 from bayesgen.models import PPCA, FactorAnalysis, RobustPCA
 from bayesgen.models.families.degrees_of_freedom import DegreesOfFreedom
 from bayesgen.models.linear.block import LoadingsBlock
