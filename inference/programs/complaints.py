@@ -14,7 +14,7 @@ import numpy as np
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions.torch_distribution import TorchDistributionMixin
+from pyro.distributions.torch_distribution import ExpandedDistribution, TorchDistributionMixin
 from torch.distributions import biject_to, constraints
 
 import bayesgen
@@ -36,6 +36,14 @@ __all__ = [
     "outside_plates",
     "user_line",
 ]
+
+
+# Distributions that stand around the one whose support it is.
+_WRAPPERS = (
+    pyro.distributions.Independent,
+    pyro.distributions.MaskedDistribution,
+    ExpandedDistribution,
+)
 
 
 def check_law(name: str, law: Any) -> None:
@@ -160,6 +168,8 @@ def check_observed(node: Mapping[str, Any]) -> None:
             "rows, or make them latent with pyro.sample(..., obs=values, obs_mask=~missing)."
         )
     _check_shapes(node)
+    if _support_may_move(law):
+        return  # uniform up to a latent bound: another start may hold all values
     try:
         inside = law.support.check(value)
     except (NotImplementedError, ValueError, RuntimeError):
@@ -171,6 +181,14 @@ def check_observed(node: Mapping[str, Any]) -> None:
             f"of {_kind(law)}, {law.support}. Transform the data, or choose a distribution that "
             "allows them."
         )
+
+
+def _support_may_move(law: Any) -> bool:
+    """Whether the ends of a continuous support are parameters, and so perhaps latent."""
+    while isinstance(law, _WRAPPERS):
+        law = law.base_dist
+    support = getattr(type(law), "support", None)
+    return bool(constraints.is_dependent(support)) and not bool(law.support.is_discrete)
 
 
 def _check_shapes(node: Mapping[str, Any]) -> None:

@@ -68,8 +68,8 @@ def test_arviz_draws_each_kind(tmp_path: Path, kind: str):
 def test_what_is_planted_lies_where_the_page_says():
     data = datasets.load("wine")
     rows = wine.invented(data, 200, torch.Generator().manual_seed(0))
-    assert (rows >= data.summary().min).all()
-    assert (rows <= data.summary().max).all()
+    assert (rows >= data.tensor().amin(0)).all()
+    assert (rows <= data.tensor().amax(0)).all()
     fit = EM(num_starts=1).run(GaussianMixture(2), datasets.load("faithful"), seed=0)
     planted = fit.log_prob(torch.tensor(faithful.PLANTED))
     assert planted.max() < fit.log_prob(datasets.load("faithful")).quantile(0.02)

@@ -15,7 +15,8 @@ import torch
 from scipy import special, stats
 
 from bayesgen.distributions import NormalInverseWishart
-from bayesgen.inference import VB, Gibbs, split_merge
+from bayesgen.inference import VB, Gibbs
+from bayesgen.inference.conjugate import split_merge
 from bayesgen.models import GaussianMixture
 from bayesgen.priors import (
     GammaDirichlet,

@@ -14,7 +14,8 @@ from scipy import stats
 
 from bayesgen import rng
 from bayesgen.arviz_groups import import_arviz
-from bayesgen.inference import ManyChains, many_chains, paths
+from bayesgen.inference import ManyChains, many_chains
+from bayesgen.inference.hamiltonian import paths
 from bayesgen.inference.hamiltonian.cross_chain import (
     Differences,
     Schedule,

@@ -109,7 +109,7 @@ def test_what_is_kept_is_found(what):
         if what == "tensors":
             kept.append(torch.zeros(3))
         elif what == "texts":
-            kept.append("line " * 100_000 + str(seed))
+            kept.append("line " * 1_000_000 + str(seed))
         else:
             kept.extend([seed, k] for k in range(20))
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from bayesgen import rng
-from bayesgen.inference import NUTS, native, speed
+from bayesgen.inference import NUTS
+from bayesgen.inference.compiled import native, speed
 from bayesgen.inference.compiled.emit import Unsupported
 from bayesgen.inference.compiled.native import (
     LONG,

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from bayesgen import rng
-from bayesgen.inference import NUTS, ManyChains, pathfinder
+from bayesgen.inference import NUTS, ManyChains
+from bayesgen.inference.hamiltonian import pathfinder
 from bayesgen.inference.hamiltonian.pathfinder import ascend, laws_of
 
 __all__: list[str] = []

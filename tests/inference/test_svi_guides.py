@@ -14,8 +14,9 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from bayesgen.inference import SVI, svi_machine
+from bayesgen.inference import SVI
 from bayesgen.inference.compiled.emit import Unsupported
+from bayesgen.inference.variational import machine as svi_machine
 from bayesgen.models import GaussianMixture
 
 __all__: list[str] = []
