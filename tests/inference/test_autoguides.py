@@ -55,9 +55,9 @@ FULL = {
 MEAN_FIELD = {"normal": "AutoNormal", "diagonal": "AutoDiagonalNormal"}
 
 
-def found(guide):
+def found(guide, **settings):
     x, y = rows()
-    fit = SVI(guide=guide, **SETTINGS).run(line, (x, y), seed=0)
+    fit = SVI(guide=guide, **(SETTINGS | settings)).run(line, (x, y), seed=0)
     draws = torch.stack([fit.draws["first"][0], fit.draws["second"][0]], -1).double()
     covariance = exact(x)
     return draws, covariance @ (x.T @ y / 0.25), covariance, fit
@@ -101,9 +101,11 @@ def test_a_point_is_the_mode():
     torch.testing.assert_close(point, mean, atol=1e-4, rtol=0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("zuko") is None, reason="needs the extra 'flows'")
 def test_a_flow_finds_it():
-    draws, mean, covariance, fit = found("FlowGuide")
+    """At the others' rate its last step would be 0.2 posterior sds off."""
+    draws, mean, covariance, fit = found("FlowGuide", learning_rate=0.003)
     check_mean(draws, mean, covariance)
     ratio = draws.std(0) / covariance.diagonal().sqrt()
     torch.testing.assert_close(ratio, torch.ones(2, dtype=D64), atol=0.1, rtol=0.0)
