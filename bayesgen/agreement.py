@@ -37,10 +37,19 @@ class _Marginal:
 
     mean: float
     sd: float = math.nan
+    low: float = math.nan
+    """5 % quantile."""
+    high: float = math.nan
+    """95 % quantile."""
     mcse: float = math.nan
     draws: Tensor | None = None
     size: float = math.nan
     """Effective number of draws."""
+
+    @property
+    def width(self) -> float:
+        """Of the central 90 % interval: covariances may have tails too heavy for a variance."""
+        return self.high - self.low
 
 
 def agreement(*fits: Any, x: object = None, **more: Fit) -> pd.DataFrame:
@@ -57,9 +66,10 @@ def agreement(*fits: Any, x: object = None, **more: Fit) -> pd.DataFrame:
         **more: Fits by name.
 
     Returns:
-        A frame indexed by quantity and fit: ``mean``, ``sd``, ``mcse`` (Monte Carlo error of the
-        mean), ``difference`` from the reference, in ``sds`` of the reference, ``z``, the
-        difference over its Monte Carlo error, ``sd_ratio``, ``overlap`` of the two marginal
+        A frame indexed by quantity and fit: ``mean``, ``sd``, ``low`` and ``high`` (the central
+        90 % interval), ``mcse`` (Monte Carlo error of the mean), ``difference`` from the
+        reference, in ``sds`` of the reference, ``z``, the difference over its Monte Carlo error,
+        ``width_ratio`` of the two intervals, ``overlap`` of the two marginal
         densities (1: the same) and ``kl``, the divergence of the reference from the fit in nats;
         NaN where there is none. ``finding`` says in words what differs, and is empty where nothing
         does. The row ``k_hat`` holds the Pareto shape of approximations.
@@ -147,16 +157,20 @@ def _marginal(values: Tensor) -> _Marginal:
         return _Marginal(mean)
     sd = float(values.std())
     if sd == 0.0:
-        return _Marginal(mean, 0.0, 0.0)
+        return _Marginal(mean, 0.0, mean, mean, 0.0)
     error = float(import_arviz().mcse(values.cpu().numpy()))
-    return _Marginal(mean, sd, error, values.flatten(), min((sd / error) ** 2, values.numel()))
+    drawn = values.flatten()
+    low, high = drawn.quantile(drawn.new_tensor([0.05, 0.95])).tolist()
+    return _Marginal(mean, sd, low, high, error, drawn, min((sd / error) ** 2, len(drawn)))
 
 
 # ---------------------------------------------------------------- how far apart
 def _compare(here: _Marginal, base: _Marginal | None, reference: str) -> dict[str, Any]:
-    line: dict[str, Any] = {"mean": here.mean, "sd": here.sd, "mcse": here.mcse}
+    line: dict[str, Any] = {
+        name: getattr(here, name) for name in ("mean", "sd", "low", "high", "mcse")
+    }
     if base is None or here is base:
-        nothing = dict.fromkeys(("z", "sd_ratio", "overlap", "kl"), math.nan)
+        nothing = dict.fromkeys(("z", "width_ratio", "overlap", "kl"), math.nan)
         zero = math.nan if base is None else 0.0
         sds = zero if base is not None and base.sd > 0 else math.nan
         return {**line, "difference": zero, "sds": sds, **nothing, "finding": ""}
@@ -166,7 +180,7 @@ def _compare(here: _Marginal, base: _Marginal | None, reference: str) -> dict[st
         "difference": difference,
         "sds": difference / base.sd if base.sd > 0 else math.nan,
         "z": difference / error if error > 0 else math.nan,
-        "sd_ratio": here.sd / base.sd if base.sd > 0 else math.nan,
+        "width_ratio": here.width / base.width if base.width > 0 else math.nan,
         "overlap": overlap,
         "kl": kl,
     }
@@ -205,11 +219,11 @@ def _finding(line: Mapping[str, float], here: _Marginal, base: _Marginal, refere
         found.append(
             f"mean {'above' if line['sds'] > 0 else 'below'} by {abs(line['sds']):.2g} sd"
         )
-    ratio = line["sd_ratio"]
-    # relative error of a standard deviation is one over the root of twice the number of draws
-    doubt = 4 * math.sqrt(0.5 / here.size + 0.5 / base.size)
+    ratio = line["width_ratio"]
+    # The width of a 90 % interval of n normal draws has a relative error of 0.88 / sqrt(n).
+    doubt = 4 * 0.88 * math.sqrt(1 / here.size + 1 / base.size)
     if ratio > 0 and abs(math.log(ratio)) > max(math.log(_WIDTH), doubt):
-        found.append(f"{'wider' if ratio > 1 else 'narrower'}: sd {ratio:.2g} of {reference}'s")
+        found.append(f"{'wider' if ratio > 1 else 'narrower'}: {ratio:.2g} of {reference}'s")
     if not found and line["overlap"] < _OVERLAP and line["kl"] > 0.02:
         found.append(f"another shape: overlap {line['overlap']:.2g}")
     return "; ".join(found)

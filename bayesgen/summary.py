@@ -169,7 +169,7 @@ class Summary:
         keep = [c for c in table.columns if not c.startswith("mcse")]
         text = table[keep].to_string(float_format=lambda v: f"{v:.4g}")
         more = len(self.table) - len(table)
-        text += f"\n... and {more} more rows in .table" if more else ""
+        text += f"\n... and {more} more rows in summary().table" if more else ""
         if self.left_out:
             text += f"\nleft out for their size: {', '.join(self.left_out)}; see fit.arviz"
         return text

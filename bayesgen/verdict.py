@@ -124,10 +124,13 @@ def judge(fit: Fit) -> Verdict:
 
 def _engine(fit: Fit) -> Iterator[Finding]:
     if fit.attrs.get("converged") is False:
+        settings = fit.attrs.get("settings") or {}
+        lengths = ("max_steps", "num_steps", "num_samples")
+        length = next((name for name in lengths if name in settings), lengths[0])
         yield Finding(
             "converged",
             "the engine stopped before it converged.",
-            "Let it run longer: raise max_steps, or continue with resume=...",
+            f"Let it run longer: raise {length}, or continue with resume=...",
         )
 
 
@@ -177,13 +180,14 @@ def _r_hat(fit: Fit, r_hat: pd.Series[float], passed: list[str]) -> Iterator[Fin
     if worst <= _R_HAT:
         passed.append(f"{name} at most {worst:.3f}")
         return
+    other = ", such as NUTS(start='pathfinder')" if "diverging" in fit.sample_stats else ""
     yield Finding(
         "r_hat",
         f"{name} is {worst:.3g} for {r_hat.idxmax()}, and above {_R_HAT} for "
         f"{_entries(int((r_hat > _R_HAT).sum()))}: chains have not found the same posterior.",
         "Run longer, with more warm-up; if it stays, look at plots.trace(fit): chains in "
-        "different modes need another parametrisation, a tighter prior or a better start, such as "
-        "NUTS(start='pathfinder').",
+        "different modes need another parametrisation, a tighter prior or a better start"
+        f"{other}.",
     )
 
 

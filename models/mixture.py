@@ -119,7 +119,8 @@ class Mixture(Model, Program, Scored, Generative, Encoder, Conditional, Symmetri
         mixtures.
 
     Args:
-        family: The component family, such as ``Gaussian()``.
+        family: The component family: ``Gaussian()``, ``DiagonalGaussian()``, ``StudentT()``,
+            ``Bernoulli()``, ``Categorical()``, ``Poisson()``, or ``Product()`` for mixed columns.
         num_components: Number of components, or their upper bound.
         priors: By site: ``"weights"`` and the family's own keys. Default: weakly informative,
             scaled to the data when the model is bound to them.

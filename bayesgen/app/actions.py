@@ -16,6 +16,7 @@ from bayesgen import datasets
 from bayesgen.app.guard import Misuse
 from bayesgen.app.output import check_out, rows_frame, write_frame
 from bayesgen.app.progress import say
+from bayesgen.app.wording import for_shell
 from bayesgen.data import Dataset, as_dataset
 from bayesgen.fit import Fit, load
 from bayesgen.models.classifier import ClassifierFit
@@ -67,6 +68,8 @@ def read_data(
     if text == "-":
         return _from_stdin(options)
     path = Path(text).expanduser()
+    if path.is_dir():
+        raise IsADirectoryError(f"{text!r} is a folder; name a file of rows in it.")
     if path.suffix == "" and not path.is_file():
         if text in datasets.names():
             return as_dataset(datasets.load(text), **options)
@@ -132,7 +135,7 @@ def summary(run: str, *, out: str | None = None, force: bool = False) -> None:
         return
     told = fit.summary()
     if out is None:
-        print(told)
+        print(for_shell(str(told)))
         return
     write_frame(told.table.rename_axis("entry").reset_index(), out)
 

@@ -161,7 +161,8 @@ def build(group: str, name: str, assignments: Iterable[str]) -> Any:
         option = "--set" if group == MODELS else "--engine-set"
         raise Misuse(
             f"{name} needs {' and '.join(missing)}: give {option} {missing[0]}=... "
-            f"({type_name(allowed[missing[0]].annotation)})."
+            f"({type_name(allowed[missing[0]].annotation)}); `bayesgen models {name}` says what "
+            "it may be."
         )
     try:
         return maker(**given)

@@ -22,6 +22,16 @@ _SPELLINGS: tuple[tuple[str, str], ...] = (
     (r"\bdtype=torch\.(float32|float64)", r"--engine-set dtype=\1"),
     (r"\bcalibration=rows\b", "--calibration DATA"),
     (r"\bcalibration='model'", "--calibration model"),
+    (r"(\d+) more rows in summary\(\)\.table", r"\1 more rows; --out FILE writes them all"),
+    (
+        r"\bnum_samples=([\d,]+) would do",
+        r"\1 draws a chain (--engine-set num_samples=...) would do",
+    ),
+    (
+        r"\braise (\w+), or continue with resume=\.\.\.",
+        r"raise --engine-set \1=..., or go on with --resume",
+    ),
+    (r"\blook at plots\.trace\(fit\)", "look at the traces that `bayesgen report RUN` draws"),
 )
 
 

@@ -45,6 +45,8 @@ __all__ = [
     "trace",
 ]
 
+_SDS_IN_90 = 3.29  # of a normal's central 90 % interval
+
 
 def trace(fit: Fit, *, name: str | None = None, ax: Axes | None = None) -> Axes:
     """How a run went: its objective over steps, or the log density of each chain over draws.
@@ -77,6 +79,7 @@ def trace(fit: Fit, *, name: str | None = None, ax: Axes | None = None) -> Axes:
     if len(values) > 10 and np.ptp(values) > 5 * np.ptp(late) > 0:
         # The first leap would flatten all that follows.
         ax.set_ylim(late.min() - 0.05 * np.ptp(late), late.max() + 0.08 * np.ptp(late))
+    ax.ticklabel_format(axis="y", useOffset=False)
     unit = {"elbo": "ELBO (nats)", "log_likelihood": "log likelihood (nats)"}
     ax.set(xlabel="step", ylabel=unit.get(chosen, chosen))
     return ax
@@ -285,6 +288,11 @@ def prior_exploration(exploration: PriorExploration) -> Figure:
     return figure
 
 
+def _unit(line: Any) -> float:
+    """A standard deviation, deaf to heavy tails; of a count that hardly moves its own."""
+    return float(line["high"] - line["low"]) / _SDS_IN_90 or float(line["sd"])
+
+
 def agreement(table: pd.DataFrame, *, max_quantities: int = 20, ax: Axes | None = None) -> Axes:
     """Engines beside each other: mean and 90 % interval of each quantity.
 
@@ -292,13 +300,15 @@ def agreement(table: pd.DataFrame, *, max_quantities: int = 20, ax: Axes | None 
 
     Args:
         table: From :func:`bayesgen.diagnostics.agreement`: indexed by quantity and fit, with
-            columns ``mean`` and ``sd``; the first fit is the reference.
+            columns ``mean``, ``sd``, ``low`` and ``high``; the first fit is the reference.
         max_quantities: Quantities shown at most.
         ax: Where to draw.
     """
     quantities = list(dict.fromkeys(table.index.get_level_values(0)))
     fits = list(dict.fromkeys(table.index.get_level_values(1)))
-    usable = [q for q in quantities if float(table.loc[(q, fits[0]), "sd"]) > 0][:max_quantities]
+    first = table.xs(fits[0], level=1)
+    usable = [q for q in quantities if q in first.index and _unit(first.loc[q]) > 0]
+    usable = usable[:max_quantities]
     ax = new_axes(ax, 6.5, 1.3 + 0.34 * len(usable))
     for index, name in enumerate(fits):
         offset = 0.5 * (index - (len(fits) - 1) / 2) / max(1, len(fits))
@@ -306,17 +316,21 @@ def agreement(table: pd.DataFrame, *, max_quantities: int = 20, ax: Axes | None 
             if (quantity, name) not in table.index:
                 continue
             base, here = table.loc[(quantity, fits[0])], table.loc[(quantity, name)]
-            at = (float(here["mean"]) - float(base["mean"])) / float(base["sd"])
-            half = 1.645 * float(here["sd"]) / float(base["sd"])
+            unit = _unit(base)
+            at, low, high = (
+                float(here[end] - base["mean"]) / unit for end in ("mean", "low", "high")
+            )
             y = row + offset
-            if math.isfinite(half):
-                ax.plot([at - half, at + half], [y, y], color=color(index), lw=2)
+            if math.isfinite(high - low):
+                ax.plot([low, high], [y, y], color=color(index), lw=2)
             ax.plot(at, y, "o", color=color(index), ms=6, label=name if row == 0 else None)
             if here.get("finding"):
                 ax.plot(at, y, "o", mfc="none", mec=WARNING, mew=1.8, ms=12)
     ax.axvline(0.0, color=GREY, lw=0.8, zorder=0)
     ax.set_yticks(range(len(usable)), usable)
     ax.set(ylim=(len(usable) - 0.4, -0.6))
-    ax.set(xlabel=f"difference from {fits[0]}, in its posterior standard deviations")
+    ax.set(
+        xlabel=f"difference from {fits[0]}, in standard deviations (90 % interval / {_SDS_IN_90})"
+    )
     ax.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return ax

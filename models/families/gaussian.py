@@ -48,6 +48,13 @@ def column_scales(data: Dataset) -> tuple[Tensor, Tensor]:
     empty = summary.count == 0
     centre = summary.mean.double().masked_fill(empty, 0.0)
     scale = summary.variance.double().sqrt().masked_fill(empty, 1.0)
+    vast = ~torch.isfinite(centre.square() + scale.square())
+    if bool(vast.any()):
+        name = data.columns[int(vast.nonzero()[0])]
+        raise ValueError(
+            f"column {name!r} holds numbers so large that their squares overflow; entries must "
+            "stay below 1e150 in size. Divide the column by a constant."
+        )
     # A constant column has no scale of its own: take one that rounding at its size cannot fill.
     smallest = 1e-6 * centre.abs().clamp_min(1.0)
     return centre, torch.where(scale > 1e-9 * centre.abs().clamp_min(1e-300), scale, smallest)

@@ -160,6 +160,7 @@ def test_bad_data_are_one_line_and_exit_code_1(tmp_path: Path, content: str, wor
 def test_unknown_data_and_runs_are_named(tmp_path: Path, run: Path):
     assert "faithful, galaxies" in fails(1, "score", run, "faithfull")
     assert "there is no file" in fails(1, "score", run, tmp_path / "none.csv")
+    assert "is a folder" in fails(1, "score", run, tmp_path)
     assert "there is no run" in fails(1, "summary", tmp_path / "none")
     (tmp_path / "other").mkdir()
     assert fails(1, "summary", tmp_path / "other").startswith("bayesgen: error: ")

@@ -53,6 +53,15 @@ def test_a_bad_table_is_mended_by_options(
             "as calibration=rows, or calibration='model'",
             "as --calibration DATA, or --calibration model",
         ),
+        ("and 9 more rows in summary().table", "and 9 more rows; --out FILE writes them all"),
+        (
+            "raise max_steps, or continue with resume=...",
+            "raise --engine-set max_steps=..., or go on with --resume",
+        ),
+        (
+            "about num_samples=7,600 would do",
+            "about 7,600 draws a chain (--engine-set num_samples=...) would do",
+        ),
         ("by VB; EM (here) is fine = 3", "by VB; EM (here) is fine = 3"),
     ],
 )

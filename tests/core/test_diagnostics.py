@@ -263,15 +263,16 @@ def test_findings_say_what_differs(fit):
         "same": two,
         "narrow": spoilt(centre + 0.6 * noise),
         "moved": spoilt(two.draws["loc"] + 0.1),
-        "split": spoilt(
-            centre + noise.std() * ((2 * coin - 1) * 0.98 + 0.2 * noise / noise.std())
-        ),
+        "heavy": spoilt(two.draws["loc"].index_fill(1, torch.tensor(7), 9.0)),
+        "split": spoilt(centre + noise.std() * ((2 * coin - 1) * 1.4 + 0.2 * noise / noise.std())),
     }
     table = agreement(fits).xs("mean[0]")
     assert table.loc["same", "finding"] == ""
     assert table.loc["same", "overlap"] > 0.97
     assert table.loc["same", "kl"] < 0.01
-    assert table.loc["narrow", "finding"].startswith("narrower: sd 0.6 of a's")
+    assert table.loc["narrow", "finding"].startswith("narrower: 0.59 of a's")
+    assert table.loc["heavy", "sd"] > 1.5 * table.loc["a", "sd"]
+    assert table.loc["heavy", "finding"] == ""  # one draw in the tail is no wider posterior
     assert table.loc["moved", "finding"].startswith("mean above by 0.6")
     assert table.loc["split", "finding"].startswith("another shape: overlap 0.")
     # two normals whose means are d standard deviations apart overlap by 2 Phi(-d / 2)

@@ -268,6 +268,8 @@ def test_agreement_of_engines():
         {"mean": [1.0, 2.0, 0.0, 0.0, 5.0, 5.0], "sd": [0.5, 0.25, 1.0, 0.5, 0.0, 0.0]},
         index=index,
     )
+    half = 3.29 / 2 * table["sd"]
+    table["low"], table["high"] = table["mean"] - half, table["mean"] + half
     ax = plots.agreement(table)
     draw(ax)
     dots = [c for c in ax.lines if c.get_marker() == "o"]

@@ -189,6 +189,9 @@ def test_impossible_data_are_refused(engine):
     infinite[5, 1] = np.inf
     with pytest.raises(ValueError, match=r"(?s)row 5.*inf|inf.*row 5"):
         run(GaussianMixture(2), infinite)
+    for covariance in ("full", "diagonal"):
+        with pytest.raises(ValueError, match=r"column 'x1' .* squares overflow"):
+            run(GaussianMixture(2, covariance), np.where(np.arange(x.shape[1]) == 1, 1e200 * x, x))
     with pytest.raises(ValueError, match="row"):
         run(GaussianMixture(2), np.zeros((0, 2)))
     hollow = x.copy()
