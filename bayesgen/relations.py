@@ -15,7 +15,7 @@ from pyro.ops.provenance import get_provenance
 
 from bayesgen import rng
 from bayesgen.capabilities import Program, Simulated, require
-from bayesgen.replay import Forwards, quietly
+from bayesgen.replay import Forwards, quietly, unwrapped
 
 if TYPE_CHECKING:
     from bayesgen.fit import Fit
@@ -224,10 +224,7 @@ def _kind(site: dict[str, Any]) -> str:
 
 
 def _law(law: Any, private: str) -> str:
-    while isinstance(
-        law, torch.distributions.Independent | dist.ExpandedDistribution | dist.MaskedDistribution
-    ):
-        law = law.base_dist
+    law = unwrapped(law)
     name = type(law).__name__
     if name.startswith("_"):
         return private or name.strip("_")

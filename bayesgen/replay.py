@@ -31,6 +31,7 @@ __all__ = [
     "prior_sites",
     "quietly",
     "simulate",
+    "unwrapped",
 ]
 
 _LOCK = threading.RLock()
@@ -112,6 +113,16 @@ def _expanded(law: Any, value: Any) -> Any:
     shape = torch.broadcast_shapes(law.shape(), value.shape)
     batch = shape[: len(shape) - law.event_dim]
     return law if batch == law.batch_shape else law.expand(batch)
+
+
+def unwrapped(law: Any) -> Any:
+    """A distribution without what only shapes it: events, expansion, masks."""
+    wrappers = (
+        torch.distributions.Independent | dist.ExpandedDistribution | dist.MaskedDistribution
+    )
+    while isinstance(law, wrappers):
+        law = law.base_dist
+    return law
 
 
 def _is_flat(law: Any) -> bool:

@@ -157,24 +157,24 @@ def probabilities(model: Encoder, x: Tensor, flat: Tensors) -> Tensor | None:
 @torch.no_grad()
 def reconstruct(model: Denoising, x: Tensor, flat: Tensors) -> Tensor:
     """Mean over draws of each row's signal ``(n, d)``."""
-    out = torch.empty_like(x)
-    for rows, blocks in _chunks(x.shape[0], flat, x.shape[1]):
-        total = x.new_zeros(x[rows].shape)
-        for block in blocks:
-            total += model.reconstruct(x[rows], pick(flat, block)).sum(0)
-        out[rows] = total / _count(flat)
-    return out
+    return _mean_over_draws(model.reconstruct, x, flat)
 
 
 @torch.no_grad()
 def cell_weights(model: Weighted, x: Tensor, flat: Tensors) -> Tensor:
     """Mean over 100 draws at most of the weight of each cell ``(n, d)``."""
-    flat = thin(flat, _ESTIMATED_DRAWS)
+    return _mean_over_draws(model.cell_weights, x, thin(flat, _ESTIMATED_DRAWS))
+
+
+def _mean_over_draws(
+    function: Callable[[Tensor, Tensors], Tensor], x: Tensor, flat: Tensors
+) -> Tensor:
+    """Of what a function ``(draw, n, d)`` of rows and draws gives, ``(n, d)``."""
     out = torch.empty_like(x)
     for rows, blocks in _chunks(x.shape[0], flat, x.shape[1]):
         total = x.new_zeros(x[rows].shape)
         for block in blocks:
-            total += model.cell_weights(x[rows], pick(flat, block)).sum(0)
+            total += function(x[rows], pick(flat, block)).sum(0)
         out[rows] = total / _count(flat)
     return out
 

@@ -28,10 +28,9 @@ from bayesgen.inference.variational.optimizers import OPTIMIZERS, Constant, Opti
 from bayesgen.inference.variational.plateau import Plateau, plateau
 from bayesgen.inference.variational.setup import (
     Setup,
-    conjugate_start,
     from_function,
-    from_model,
     make_setup,
+    model_setup,
 )
 from bayesgen.inference.variational.step import (
     Feed,
@@ -281,15 +280,10 @@ class SVI(Engine[SVIState]):
             setup, traced, before = task.setup, task.traced, task.before
         else:
             before = rng.get_state(task.generator)
-            source = from_model(
-                task.model, task.data, self.guide, self.batch_size, task.dtype, task.device
-            )
-            start = conjugate_start(task.model, task.data, task.dtype, task.generator)
-            setup = make_setup(
-                source,
+            setup = model_setup(
+                *(task.model, task.data, self.guide, self.batch_size),
                 objective=self._base,
                 dtype=task.dtype,
-                start=start,
                 generator=task.generator,
             )
             traced = self._traced(setup, task.generator)

@@ -18,7 +18,7 @@ from bayesgen.capabilities import Continued, Tensors, Weighted
 from bayesgen.conjugate import Local
 from bayesgen.distributions import PartialLowRankMultivariateStudentT, PartialMultivariateStudentT
 from bayesgen.distributions._low_rank import LowRankForm, low_rank_form
-from bayesgen.models.families.degrees_of_freedom import DegreesOfFreedom
+from bayesgen.models.families.degrees_of_freedom import DegreesOfFreedom, default_df_prior
 from bayesgen.models.linear.base import LinearModel, scale_tril_of
 from bayesgen.models.linear.cell_laws import CellConditional, CellLatents, CellRows
 from bayesgen.models.linear.cells import from_cells
@@ -284,7 +284,7 @@ class RobustPCA(LinearModel, Continued, Weighted):
 
     def _df_prior(self) -> torch.distributions.Distribution:
         """The prior of one number: engines on conjugate blocks take one for all columns."""
-        prior = self.priors.get("df", dist.Gamma(torch.tensor(2.0, dtype=torch.float64), 0.1))
+        prior = self.priors.get("df", default_df_prior(torch.ones((), dtype=torch.float64)))
         is_law = isinstance(prior, torch.distributions.Distribution)
         if not is_law or prior.batch_shape:
             what = "one for each column" if is_law else "a callable"

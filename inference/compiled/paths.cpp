@@ -1,4 +1,4 @@
-// Leapfrog paths of many chains, W at a time: kept beside bayesgen.inference.leapfrog.Paths, to which
+// Leapfrog paths of many chains, W at a time: kept beside bayesgen.inference.hamiltonian.leapfrog.Paths, to which
 // it is equal up to rounding. All arrays are row-major, (chains, size). Diagonal metrics: kick is
 // (chains, size), step size times factor. Dense ones: (size, size), as are drift, its transpose, and
 // square, drift times kick transposed: with velocities in units of a step, one product with square

@@ -1,4 +1,4 @@
-// Optimiser steps one after the other: `evaluate` is the whole step of bayesgen.inference.svi_native.
+// Optimiser steps one after the other: `evaluate` is the whole step of bayesgen.inference.variational.native.
 // What moves stands first in x; then what the step reads, a row of the table, all lanes alike.
 extern "C" void steps(V* x, V* lp, V* g, V* w, const double* C, const I* J, long size, long moving,
                       long fed, const double* table, double* numbers, long count) {

@@ -1,4 +1,4 @@
-// The state machine of bayesgen.inference.trajectory on plain memory, chains moved together only
+// The state machine of bayesgen.inference.hamiltonian.trajectory on plain memory, chains moved together only
 // for their gradients. Layouts are those of the tensors there. Kept beside `advance`, to which it is
 // equal up to rounding; tests/inference/test_native.py holds the two together.
 enum { STEP, DEPTH, LEAF, SIDE, LOG_TREE, LOG_SUB, START, ACCEPT, STEPS, WORST, LP_TREE, ENERGY_TREE,

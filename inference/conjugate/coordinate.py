@@ -228,10 +228,9 @@ def _one(
     index: int,
 ) -> Local:
     """The local step of one batch; what it leaves takes its place in ``left``."""
-    start = index * source.batch_size
-    local = source.local(observed, messages, left, start)
+    local = source.local(observed, messages, left, index)
     if left is not None:
-        left[..., start : start + source.batch_size, :] = local.latents["left"]
+        left[..., source.rows_of(index), :] = local.latents["left"]
     return local
 
 
@@ -263,8 +262,3 @@ def final(rule: Rule, source: Source, state: Ascent, schedule: str) -> Ascent:
     if schedule == "full":
         return state
     return evaluate(rule, source, state.parameters, state.num_passes, state.left)
-
-
-def memory_free(state: Ascent) -> dict[str, Any]:
-    """The state's fields without the memoised batches."""
-    return {**state._asdict(), "memory": None, "entropies": None}

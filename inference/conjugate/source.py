@@ -146,6 +146,10 @@ class Source:
             start, filled = start + len(batch), filled + len(here)
         return out
 
+    def rows_of(self, index: int) -> slice:
+        """The rows of the batch of this number."""
+        return slice(index * self.batch_size, (index + 1) * self.batch_size)
+
     def sweep(
         self,
         messages: Mapping[str, Tensors],
@@ -162,13 +166,12 @@ class Source:
         """
         total: dict[str, dict[str, Tensor]] | None = None
         bound: Tensor | None = None
-        labels, lefts, start = [], [], 0
+        labels, lefts = [], []
         messages = self.model.ready(messages, self.dtype)
-        for observed in self:
-            local = self.local(observed, messages, left, start, generator=generator)
+        for index, observed in enumerate(self):
+            local = self.local(observed, messages, left, index, generator=generator)
             if self._continued is not None:
                 lefts.append(local.latents["left"])
-                start += lefts[-1].shape[-2]
             total = add_statistics(total, local.statistics)
             bound = local.bound if bound is None else bound + local.bound
             if keep_labels:
@@ -186,14 +189,14 @@ class Source:
         observed: Any,
         messages: Mapping[str, Tensors],
         left: Tensor | None,
-        start: int,
+        index: int,
         *,
         generator: torch.Generator | None = None,
     ) -> Local:
-        """The local step of the batch whose first row has the number ``start``."""
+        """The local step of the batch of this number, after what the last one ``left``."""
         if self._continued is None:
             return self.model.local(observed, messages, generator=generator)
-        here = None if left is None else left[..., start : start + self.batch_size, :]
+        here = None if left is None else left[..., self.rows_of(index), :]
         return self._continued.local_after(observed, messages, here, generator=generator)
 
 

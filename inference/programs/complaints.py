@@ -14,13 +14,13 @@ import numpy as np
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions.torch_distribution import ExpandedDistribution, TorchDistributionMixin
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch.distributions import biject_to, constraints
 
 import bayesgen
 import bayesgen.distributions  # registers bijections that torch lacks
 from bayesgen.prior_replacement import PriorError
-from bayesgen.replay import ProgramError
+from bayesgen.replay import ProgramError, unwrapped
 
 __all__ = [
     "ProgramError",
@@ -36,14 +36,6 @@ __all__ = [
     "outside_plates",
     "user_line",
 ]
-
-
-# Distributions that stand around the one whose support it is.
-_WRAPPERS = (
-    pyro.distributions.Independent,
-    pyro.distributions.MaskedDistribution,
-    ExpandedDistribution,
-)
 
 
 def check_law(name: str, law: Any) -> None:
@@ -185,8 +177,7 @@ def check_observed(node: Mapping[str, Any]) -> None:
 
 def _support_may_move(law: Any) -> bool:
     """Whether the ends of a continuous support are parameters, and so perhaps latent."""
-    while isinstance(law, _WRAPPERS):
-        law = law.base_dist
+    law = unwrapped(law)
     support = getattr(type(law), "support", None)
     return bool(constraints.is_dependent(support)) and not bool(law.support.is_discrete)
 

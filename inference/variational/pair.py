@@ -10,11 +10,9 @@ from typing import Any, NamedTuple, final
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import ExpandedDistribution, MaskedDistribution
 from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
-from torch.distributions import Independent
 from torch.overrides import TorchFunctionMode
 
 from bayesgen import rng
@@ -25,6 +23,7 @@ from bayesgen.inference.programs.sites import Checked, check_program, quietly
 from bayesgen.inference.variational.noise import Branches, Fed, Tape
 from bayesgen.inference.variational.objectives import OBJECTIVES, Traces, run_both
 from bayesgen.priors import same_support
+from bayesgen.replay import unwrapped
 
 __all__ = ["Pair", "Parameter", "Plate", "meet"]
 
@@ -355,7 +354,7 @@ def _check_site(name: str, node: Any, other: Any) -> None:
         raise ProgramError(
             f"the guide samples {name!r}, which the model observes: take it out of the guide."
         )
-    given, wanted = (_single(n["fn"]) for n in (node, other))
+    given, wanted = (unwrapped(n["fn"]) for n in (node, other))
     if isinstance(given, pyro.distributions.Delta):  # a value, already in the support
         return
     try:
@@ -369,13 +368,3 @@ def _check_site(name: str, node: Any, other: Any) -> None:
             "distribution on the model's support (LogNormal or Gamma for what is positive, Beta "
             "on the unit interval)."
         )
-
-
-_WRAPPED = Independent | MaskedDistribution | ExpandedDistribution
-
-
-def _single(law: Any) -> Any:
-    """A distribution without its wrappings."""
-    while isinstance(law, _WRAPPED):
-        law = law.base_dist
-    return law

@@ -23,7 +23,7 @@ from bayesgen.inference.variational.objectives import Traces
 from bayesgen.inference.variational.pair import Pair, Plate, meet
 from bayesgen.inference.variational.step import Feed
 
-__all__ = ["Source", "Setup", "from_function", "from_model", "make_setup"]
+__all__ = ["Setup", "Source", "from_function", "from_model", "make_setup", "model_setup"]
 
 _STARTS = 5
 
@@ -106,6 +106,22 @@ def from_function(
 def _checked(batch_size: int, num_rows: int) -> int | None:
     """None where a batch holds all rows."""
     return None if batch_size >= num_rows else batch_size
+
+
+def model_setup(
+    model: Any,
+    data: Dataset,
+    guide: Any,
+    batch_size: int | None,
+    *,
+    objective: str,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+) -> Setup:
+    """:func:`from_model` and :func:`make_setup`; a conjugate model says where the guide begins."""
+    source = from_model(model, data, guide, batch_size, dtype, generator.device)
+    start = conjugate_start(model, data, dtype, generator)
+    return make_setup(source, objective=objective, dtype=dtype, start=start, generator=generator)
 
 
 def make_setup(

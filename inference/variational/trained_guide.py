@@ -23,10 +23,9 @@ from bayesgen.inference.variational.guides import AUTOGUIDES
 from bayesgen.inference.variational.minibatch import begin
 from bayesgen.inference.variational.setup import (
     Setup,
-    conjugate_start,
     from_function,
-    from_model,
     make_setup,
+    model_setup,
 )
 from bayesgen.psis import k_hat
 from bayesgen.storage import flatten, read_folder, unflatten, write_folder
@@ -67,17 +66,12 @@ def prepared(model: Any, data: Any, guide: Any, recipe: Recipe, device: torch.de
     dtype = getattr(torch, recipe.dtype)
     generator = rng.make_generator(0, device)
     rng.set_state(generator, recipe.generator)
+    same: dict[str, Any] = {"objective": recipe.objective, "dtype": dtype, "generator": generator}
     if isinstance(model, Model):
-        rows = as_dataset(data)
-        source = from_model(model, rows, guide, recipe.batch_size, dtype, device)
-        start = conjugate_start(model, rows, dtype, generator)
-    else:
-        call = arguments(model, data, dtype=dtype, device=device)
-        source = from_function(model, call.args, call.kwargs, guide, recipe.batch_size)
-        start = None
-    return make_setup(
-        source, objective=recipe.objective, dtype=dtype, start=start, generator=generator
-    )
+        return model_setup(model, as_dataset(data), guide, recipe.batch_size, **same)
+    call = arguments(model, data, dtype=dtype, device=device)
+    source = from_function(model, call.args, call.kwargs, guide, recipe.batch_size)
+    return make_setup(source, start=None, **same)
 
 
 class Batches:

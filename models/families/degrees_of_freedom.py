@@ -21,6 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 
@@ -29,12 +30,22 @@ from bayesgen import rng
 if TYPE_CHECKING:
     from bayesgen.capabilities import Tensors
 
-__all__ = ["DegreesOfFreedom", "log_constant"]
+__all__ = ["DegreesOfFreedom", "default_df_prior", "log_constant"]
 
 _LOW, _HIGH, _POINTS = 0.1, 1000.0, 256
 # Each round of the search for a mode narrows the bracket to an eighth of itself.
 _ROUNDS, _SECTIONS = 8, 16
 _CELLS = 128
+
+
+def default_df_prior(like: Tensor) -> Any:
+    """``Gamma(2, 0.1)`` for every number of a tensor.
+
+    References:
+        Juárez & Steel (2010). Model-based clustering of non-Gaussian panel data based on skew-t
+        distributions.
+    """
+    return dist.Gamma(torch.full_like(like, 2.0), 0.1)
 
 
 def log_constant(df: Tensor) -> Tensor:

@@ -14,7 +14,11 @@ from torch import Tensor
 from bayesgen import rng
 from bayesgen.conjugate import MarginalBlock
 from bayesgen.models.families.base import Evaluation, Family, refuse_categories
-from bayesgen.models.families.degrees_of_freedom import DegreesOfFreedom, log_constant
+from bayesgen.models.families.degrees_of_freedom import (
+    DegreesOfFreedom,
+    default_df_prior,
+    log_constant,
+)
 from bayesgen.models.families.factorised import by_component, sample_site
 from bayesgen.models.families.gaussian import Gaussian, quadratic_scores
 from bayesgen.models.families.normal_inverse_wishart import NormalInverseWishartBlock
@@ -192,7 +196,7 @@ class StudentT(Family):
 
     @property
     def _df_prior(self) -> Any:
-        default = dist.Gamma(torch.tensor(2.0, dtype=torch.float64), 0.1)
+        default = default_df_prior(torch.ones((), dtype=torch.float64))
         return (self.given or {}).get("df", default)
 
     @property

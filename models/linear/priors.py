@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from bayesgen.distributions import HorseshoePrecision, RootInverseGamma
+from bayesgen.models.families.degrees_of_freedom import default_df_prior
 from bayesgen.models.families.factorised import column_prior
 from bayesgen.models.families.gaussian import column_scales as scales_of
 from bayesgen.models.linear.block import LoadingsBlock
@@ -95,7 +96,7 @@ def default_priors(
     half = torch.full_like(noise, 0.5)
     found["noise_scale"] = RootInverseGamma(half, half * (_NOISE * noise).square())
     if scaled:
-        found["df"] = dist.Gamma(torch.full_like(scale if cellwise else scale[0], 2.0), 0.1)
+        found["df"] = default_df_prior(scale if cellwise else scale[0])
     return found
 
 
