@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["agreement", "compare", "leave_one_out", "summarise", "to_arviz"]
 
 _MAX_ELEMENTS = 20_000_000
-_ESTIMATES = 50_000  # of log densities, at a tenth of a millisecond to a millisecond each
+_ESTIMATES = 50_000  # of log densities, each of them a sum over hundreds of points or more
 
 Arrays = dict[str, "NDArray[Any]"]
 
