@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.infer.inspect import TrackProvenance, site_is_deterministic
+from pyro.infer.inspect import TrackProvenance
 from pyro.ops.provenance import get_provenance
 
 from bayesgen import rng
 from bayesgen.capabilities import Program, Simulated, require
-from bayesgen.replay import Forwards, quietly, unwrapped
+from bayesgen.replay import Forwards, is_computed, quietly, unwrapped
 
 if TYPE_CHECKING:
     from bayesgen.fit import Fit
@@ -210,13 +210,13 @@ def relations(
 
 
 def _parents(site: dict[str, Any]) -> frozenset[str]:
-    law = site["fn"].base_dist if site_is_deterministic(site) else site["fn"]
+    law = site["fn"].base_dist if is_computed(site) else site["fn"]
     found: frozenset[str] = get_provenance(law.log_prob(site["value"]))
     return found
 
 
 def _kind(site: dict[str, Any]) -> str:
-    if site_is_deterministic(site):
+    if is_computed(site):
         return "deterministic"
     if isinstance(site["fn"], dist.Unit):
         return "factor"

@@ -26,6 +26,7 @@ __all__ = [
     "Forwards",
     "ProgramError",
     "data_of",
+    "is_computed",
     "is_data",
     "log_priors",
     "prior_sites",
@@ -61,12 +62,24 @@ def quietly(dtype: torch.dtype, *, validate: bool = False) -> Iterator[None]:
             torch.set_default_dtype(before)
 
 
+def is_computed(node: Mapping[str, Any]) -> bool:
+    """Whether a site's value is a function of other sites: neither drawn nor observed.
+
+    Such are ``pyro.deterministic`` and what ``poutine.reparam`` leaves in the place of a site.
+    """
+    if node["infer"].get("_deterministic"):
+        return True
+    law = node["fn"]  # a reparametrised site has no mark of its own
+    masked = isinstance(law, dist.MaskedDistribution) and law._mask is False
+    return bool(masked and node["is_observed"] and isinstance(unwrapped(law), dist.Delta))
+
+
 def is_data(node: Mapping[str, Any]) -> bool:
-    """Whether a site holds observed data: no factor, no deterministic value, no plate."""
+    """Whether a site holds observed data: no factor, no computed value, no plate."""
     return bool(
         node["type"] == "sample"
         and node["is_observed"]
-        and not node["infer"].get("_deterministic")
+        and not is_computed(node)
         and not isinstance(node["fn"], dist.Unit)
         and not poutine.util.site_is_subsample(node)
     )

@@ -9,6 +9,7 @@ import torch
 
 from bayesgen import rng
 from bayesgen.capabilities import Conditional, Encoder, Program, Scored, Symmetric
+from bayesgen.replay import is_data
 from bayesgen.testing.cases import ModelCase, close, scored
 
 __all__ = [
@@ -125,11 +126,7 @@ def check_program(case: ModelCase) -> None:
     values = {name: seen[name]["value"].detach()[None] for name in case.draws if name in seen}
     missing = sorted(set(case.draws) - set(values))
     assert not missing, f"the program's trace has no sites {missing}"
-    likelihood = sum(
-        node["log_prob_sum"]
-        for node in seen.values()
-        if node["is_observed"] and not node["infer"].get("_deterministic", False)
-    )
+    likelihood = sum(node["log_prob_sum"] for node in seen.values() if is_data(node))
     close(
         torch.as_tensor(likelihood).detach(),
         scored(case).log_prob(x, values).sum(),

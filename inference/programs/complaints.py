@@ -20,7 +20,7 @@ from torch.distributions import biject_to, constraints
 import bayesgen
 import bayesgen.distributions  # registers bijections that torch lacks
 from bayesgen.prior_replacement import PriorError
-from bayesgen.replay import ProgramError, unwrapped
+from bayesgen.replay import ProgramError, is_computed, unwrapped
 
 __all__ = [
     "ProgramError",
@@ -102,7 +102,7 @@ def check_trace(trace: Any, latents: Mapping[str, Any]) -> tuple[str, ...]:
             "discrete, so there is nothing to sample. Give a parameter a prior, such as "
             "pyro.sample('loc', Normal(0, 1))."
         )
-    if not any(n["is_observed"] and not n["infer"].get("_deterministic") for n in nodes):
+    if not any(n["is_observed"] and not is_computed(n) for n in nodes):
         notes.append("no site is observed (obs=...): the draws come from the prior.")
     notes += [note for note in map(outside_plates, nodes) if note]
     return tuple(notes)
@@ -142,7 +142,7 @@ def _inside(law: Any, value: torch.Tensor) -> bool:
 def check_observed(node: Mapping[str, Any]) -> None:
     """Refuse observed values that the site's distribution cannot have."""
     name, law, value = node["name"], node["fn"], node["value"]
-    if not node["is_observed"] or node["infer"].get("_deterministic"):
+    if not node["is_observed"] or is_computed(node):
         return
     if not isinstance(value, torch.Tensor):
         raise ProgramError(
@@ -228,7 +228,7 @@ def check_rows(node: Mapping[str, Any], discrete: Sequence[str]) -> None:
 
 def outside_plates(node: Mapping[str, Any], is_discrete: bool = False) -> str:
     """What to say of rows of an observed or discrete site that no plate holds; else nothing."""
-    observed = node["is_observed"] and not node["infer"].get("_deterministic")
+    observed = node["is_observed"] and not is_computed(node)
     if not (observed or is_discrete) or poutine.util.site_is_subsample(node):
         return ""
     law, value = node["fn"], node["value"]

@@ -29,7 +29,7 @@ from bayesgen.inference.programs.complaints import (
     check_trace,
     explained,
 )
-from bayesgen.replay import quietly
+from bayesgen.replay import is_computed, quietly
 
 __all__ = [
     "Checked",
@@ -68,7 +68,7 @@ class Layout:
     """The program with its data."""
     sites: tuple[Site, ...]
     dims: dict[str, tuple[str, ...]]
-    """Dimensions of every latent site, those of ``pyro.deterministic`` included."""
+    """Dimensions of every latent site, the computed ones included."""
     observed: dict[str, Tensor]
     observed_dims: dict[str, tuple[str, ...]]
     enumerated: dict[str, tuple[int, ...]]
@@ -257,7 +257,7 @@ def discover(
         elif not node["is_observed"]:
             discrete[name] = tuple(value.shape)
             dims[name] = dims_of(node)
-        elif node["infer"].get("_deterministic"):
+        elif is_computed(node):
             dims[name] = dims_of(node)
         elif not isinstance(node["fn"], pyro.distributions.Unit):
             observed[name], observed_dims[name] = value, dims_of(node)

@@ -19,6 +19,7 @@ from bayesgen.inference.variational.noise import Branches, Drawn, Fed, Hidden, T
 from bayesgen.inference.variational.objectives import OBJECTIVES, Traces
 from bayesgen.inference.variational.pair import Pair
 from bayesgen.inference.variational.step import draw_noise
+from bayesgen.replay import is_computed
 
 __all__ = ["Draws", "local_sites", "mean_and_error", "sampler", "settled"]
 
@@ -52,7 +53,7 @@ def _wanted(traces: Traces, left_out: set[str]) -> list[str]:
     for name, node in traces.model.nodes.items():
         if node["type"] != "sample" or name in left_out or poutine.util.site_is_subsample(node):
             continue
-        latent = not node["is_observed"] or node["infer"].get("_deterministic")
+        latent = not node["is_observed"] or is_computed(node)
         summed = not node["is_observed"] and name not in traces.guide.nodes
         if latent and not summed and node["value"].ndim == len(dims_of(node)):
             names.append(name)

@@ -17,6 +17,7 @@ from bayesgen.inference.programs.program import Arguments, CodeModel, labels_of
 from bayesgen.inference.programs.sites import dims_of
 from bayesgen.inference.programs.trace import Density, trace
 from bayesgen.inference.variational.pair import Pair
+from bayesgen.replay import is_data
 
 __all__ = ["TrainedProgram"]
 
@@ -111,8 +112,4 @@ class TrainedProgram(CodeModel, Pointwise):
     def observed(self) -> Tensors:
         if self.pair.plates:
             return {}
-        return {
-            name: node["value"]
-            for name, node in self._nodes.items()
-            if node["is_observed"] and not node["infer"].get("_deterministic")
-        }
+        return {name: node["value"] for name, node in self._nodes.items() if is_data(node)}
