@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -104,6 +105,10 @@ class Engine(ABC, Generic[S]):
         ``"model"`` among them where training changed the task's.
         """
 
+    def news(self, work: Any) -> Sequence[str]:
+        """What a person should know before the run rather than after it; shown as warnings."""
+        return ()
+
     def advice(self, step: int) -> str:
         """What to say of a run that ended before it was done."""
         return f"not converged after {step} steps: raise max_steps, or loosen tolerance."
@@ -149,6 +154,8 @@ class Engine(ABC, Generic[S]):
         check_called(self, Engine, model)
         task = self.task(model, data, rng.make_generator(seed, self._device))
         work = self.prepare(task)
+        for text in self.news(work):
+            warnings.warn(text, stacklevel=2)
         loop = _Loop(self, task, work, seed, tuple(callbacks), resume)
         state = loop.run()
         return self._fit(loop, state, model, seed)

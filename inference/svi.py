@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from bayesgen import rng
 from bayesgen.capabilities import Model, Program
 from bayesgen.inference.checks import check_choice, check_settings
 from bayesgen.inference.compiled.cost import Cost, cost_of
-from bayesgen.inference.programs.complaints import ProgramError
 from bayesgen.inference.programs.program import arguments
 from bayesgen.inference.run import Engine, Info, Task
 from bayesgen.inference.variational.blame import culprit
@@ -24,6 +23,7 @@ from bayesgen.inference.variational.finish import End, finish
 from bayesgen.inference.variational.guides import check_guide, describe
 from bayesgen.inference.variational.machine import Machine, Steps
 from bayesgen.inference.variational.minibatch import begin
+from bayesgen.inference.variational.noise import NoiseSize
 from bayesgen.inference.variational.optimizers import OPTIMIZERS, Constant, Optimizer, Schedule
 from bayesgen.inference.variational.plateau import Plateau, plateau
 from bayesgen.inference.variational.setup import (
@@ -33,8 +33,11 @@ from bayesgen.inference.variational.setup import (
     model_setup,
 )
 from bayesgen.inference.variational.step import (
+    SLOWLY,
+    Bound,
     Feed,
     Traced,
+    branch_words,
     draw_noise,
     make_update,
     particles,
@@ -71,6 +74,8 @@ class SVIState(NamedTuple):
     """Mean of the bound over each block of steps."""
     iterates: Tensor
     """Parameters after each block, ``(blocks, P)``; ``(blocks, 0)`` where they are too many."""
+    branched: int
+    """The step at which the program left the path that its graph took; by Pyro since. Or zero."""
 
 
 class Work(NamedTuple):
@@ -79,6 +84,8 @@ class Work(NamedTuple):
     setup: Setup
     traced: Traced
     machine: Machine
+    by_pyro: Machine
+    """The same steps by Pyro's own Python."""
     before: Tensor
     """State of the generator before model and guide met."""
 
@@ -287,34 +294,35 @@ class SVI(Engine[SVIState]):
                 generator=task.generator,
             )
             traced = self._traced(setup, task.generator)
+        slow = particles_by_pyro(setup.pair, self.num_particles, self._order, task.generator)
+        by_pyro = self._machine(setup, slow, None)
         if traced.graph is None:
-            bound = particles_by_pyro(setup.pair, self.num_particles, self._order, task.generator)
-        else:
-            bound = particles(traced.graph, self.num_particles, self._order)
+            return Work(setup, traced, by_pyro, by_pyro, before)
+        bound = particles(traced.graph, self.num_particles, self._order)
+        machine = self._machine(setup, bound, self._cost(setup, traced.graph, traced.noise))
+        return Work(setup, traced, machine, by_pyro, before)
+
+    def _machine(self, setup: Setup, bound: Bound, cost: Cost | None) -> Machine:
         feed = setup.feed
         whole = Feed((False,) * len(feed.rows), (), 0)
-        machine = Machine(
+        return Machine(
             make_update(bound, self._optimizer, self.max_norm, feed),
             make_update(bound, self._optimizer, self.max_norm, whole),
             feed,
             num_moving=2 + len(self._optimizer.slots),
             num_indices=setup.feed.num_indices,
-            cost=self._cost(setup, traced),
+            cost=cost,
             compile=self.compile,
             max_steps=self.num_steps,
         )
-        return Work(setup, traced, machine, before)
 
-    def _cost(self, setup: Setup, traced: Traced) -> Cost | None:
+    def _cost(self, setup: Setup, graph: fx.GraphModule, noise: NoiseSize) -> Cost:
         """Of one step: the gradient of every particle, and the optimiser."""
-        if traced.graph is None:
-            return None
         flat, generator = setup.pair.start(), rng.make_generator(0, setup.pair.device)
-        noise = draw_noise(traced.noise, (), setup.pair, generator)
         return cost_of(
-            traced.graph,
+            graph,
             flat,
-            *noise,
+            *draw_noise(noise, (), setup.pair, generator),
             *setup.example(),
             copies=self.num_particles,
             operations=_OPTIMIZER_OPERATIONS,
@@ -336,6 +344,7 @@ class SVI(Engine[SVIState]):
             [begin(task.generator) for _ in range(orders)],
             [],
             params.new_zeros((0, len(params) if len(params) <= _WATCHED else 0)),
+            0,
         )
 
     # ------------------------------------------------------------ steps
@@ -348,9 +357,14 @@ class SVI(Engine[SVIState]):
         scalars = self._scalars(state.num_steps, count, state.params)
         steps = Steps(scalars, normals, uniforms, tuple(indices), data)
         moving = (state.params, state.average, *state.slots.values())
-        numbers, moved = work.machine.run(state.num_steps, moving, steps)
+        machine = work.by_pyro if state.branched else work.machine
+        numbers, moved = machine.run(state.num_steps, moving, steps)
+        if bool(numbers[:, 2].any()):  # the block again: its graph took another path
+            state = state._replace(branched=state.num_steps + 1)
+            machine = work.by_pyro
+            numbers, moved = machine.run(state.num_steps, moving, steps)
         if not bool(numbers.isfinite().all()):
-            raise ValueError(self._blame(work, state.num_steps, moving, steps, numbers))
+            raise ValueError(self._blame(work, machine, state.num_steps, moving, steps, numbers))
         return self._after(work, state, numbers, moved, places)
 
     def _scalars(self, done: int, count: int, like: Tensor) -> Tensor:
@@ -387,12 +401,7 @@ class SVI(Engine[SVIState]):
         moved: tuple[Tensor, ...],
         places: list[dict[str, int]],
     ) -> tuple[SVIState, Info]:
-        bounds, norms, violated = numbers.double().unbind(-1)
-        if bool(violated.any()):
-            raise ProgramError(
-                "SVI: model or guide branches on a value that changed after they were traced. Use "
-                "torch.where, or SVI(trace=False), which is many times slower."
-            )
+        bounds, norms, _ = numbers.double().unbind(-1)
         params, average, *slots = moved
         elbo, error = mean_and_error(bounds)
         blocks = [*state.blocks, elbo]
@@ -405,6 +414,7 @@ class SVI(Engine[SVIState]):
             places,
             blocks,
             torch.cat([state.iterates, watched[None]]),
+            state.branched,
         )
         values = {
             "elbo": elbo,
@@ -425,6 +435,7 @@ class SVI(Engine[SVIState]):
     def _blame(
         self,
         work: Work,
+        machine: Machine,
         done: int,
         moving: tuple[Tensor, ...],
         steps: Steps,
@@ -433,7 +444,7 @@ class SVI(Engine[SVIState]):
         """What a bound or gradient that is not finite says, after going to that step again."""
         first = int((~numbers.isfinite()).any(-1).nonzero()[0])
         for k in range(first):
-            _, moving = work.machine.run(done + k, moving, steps.part(k, k + 1))
+            _, moving = machine.run(done + k, moving, steps.part(k, k + 1))
         batch = work.setup.feed.batch([index[first] for index in steps.indices], steps.data)
         noise = steps.normals[first], steps.uniforms[first]
         advice = "Start elsewhere (init_loc_fn of the autoguide), or rescale the data."
@@ -450,7 +461,7 @@ class SVI(Engine[SVIState]):
             End(
                 task,
                 work.setup,
-                work.traced.graph is not None,
+                work.traced.graph is not None and not state.branched,
                 state.params,
                 state.average,
                 self.num_samples,
@@ -460,19 +471,26 @@ class SVI(Engine[SVIState]):
         )
         found = self._plateau(work, state)
         known = not math.isnan(found.rise)
+        machine = work.machine
         message = [work.traced.message] if work.traced.message else []
+        if state.branched:
+            machine = work.by_pyro
+            message = [f"step {state.branched}: {SLOWLY}: {branch_words(work.traced.lines)}"]
         parts["attrs"] |= {
             "guide": describe(work.setup.pair.guide),
             "num_optimizer_steps": state.num_steps,
-            "is_compiled": work.machine.is_compiled,
-            "speed": work.machine.reason,
-            "compile_seconds": work.machine.seconds,
+            "is_compiled": machine.is_compiled,
+            "speed": machine.reason,
+            "compile_seconds": machine.seconds,
             "rise": found.rise if known else None,
             "rise_error": found.error if known else None,
             "iterate_r_hat": found.r_hat if known else None,
             "messages": [*message, *parts["attrs"]["messages"]],
         }
         return parts
+
+    def news(self, work: Work) -> list[str]:
+        return [work.traced.message] if self.trace and work.traced.message else []
 
     def _recipe(self, work: Work) -> Recipe:
         dtype = str(self.dtype).removeprefix("torch.")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import linecache
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -32,6 +35,7 @@ __all__ = [
     "check_same",
     "check_site",
     "check_trace",
+    "current_line",
     "explained",
     "outside_plates",
     "user_line",
@@ -388,16 +392,28 @@ _KNOWN: tuple[tuple[str, Callable[..., str]], ...] = (
 
 def user_line(error: BaseException) -> str:
     """``file:line: source`` of the innermost frame of the error that is the user's."""
-    import linecache
-
     found, tb = "", error.__traceback__
     while tb is not None:
-        name = tb.tb_frame.f_code.co_filename
-        if not name.startswith(_FOREIGN):
-            source = linecache.getline(name, tb.tb_lineno).strip()
-            found = f"{name.rsplit('/', 1)[-1]}:{tb.tb_lineno}: {source}"
+        found = _line(tb.tb_frame.f_code.co_filename, tb.tb_lineno) or found
         tb = tb.tb_next
     return found
+
+
+def current_line() -> str:
+    """The same of the code that runs now; empty where none of it is the user's."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if found := _line(frame.f_code.co_filename, frame.f_lineno):
+            return found
+        frame = frame.f_back
+    return ""
+
+
+def _line(file: str, number: int) -> str:
+    if file.startswith(_FOREIGN):
+        return ""
+    source = linecache.getline(file, number).strip()
+    return f"{file.rsplit('/', 1)[-1]}:{number}: {source}"
 
 
 _FOREIGN = (

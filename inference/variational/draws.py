@@ -35,6 +35,8 @@ class Draws(NamedTuple):
     """``log p(z, y) - log q(z)`` of each draw, ``(num_samples,)``: its mean is the bound."""
     is_point: bool
     """Whether the guide is a point, and one draw says all."""
+    sometimes: tuple[str, ...] = ()
+    """Sites that some runs of the program have and others lack; no values of them are kept."""
 
 
 def local_sites(traces: Traces, plate: str | None) -> set[str]:
@@ -183,11 +185,17 @@ def _by_pyro(
     num_samples: int,
     generator: torch.Generator,
 ) -> Draws:
-    rows = []
+    weights, rows = [], []
     for _ in range(num_samples):
         with rng.fork(generator):
-            rows.append(evaluate(flat, *batch()))
-    return _packed(names, [tuple(torch.stack(v) for v in zip(*rows, strict=True))], False)
+            weight, *values = evaluate(flat, *batch())
+        weights.append(weight)
+        rows.append(dict(zip(names, values, strict=True)))
+    met = dict.fromkeys(name for row in rows for name in row)
+    always = [name for name in met if all(name in row for row in rows)]
+    parts = (torch.stack(weights), *(torch.stack([row[n] for row in rows]) for n in always))
+    sometimes = tuple(name for name in met if name not in always)
+    return _packed(always, [parts], False)._replace(sometimes=sometimes)
 
 
 def _packed(names: Sequence[str], parts: Sequence[tuple[Tensor, ...]], is_point: bool) -> Draws:

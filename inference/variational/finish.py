@@ -66,7 +66,7 @@ def finish(end: End) -> dict[str, Any]:
     drawn = draw(flat, end.num_samples, generator)
     elbo, error = mean_and_error(drawn.log_weights.double())
     shape, why = _k_hat(pair, drawn, full)
-    attrs = {
+    attrs: dict[str, Any] = {
         "elbo": elbo,
         "elbo_error": error,
         "k_hat": shape,
@@ -74,14 +74,14 @@ def finish(end: End) -> dict[str, Any]:
         "averaged": averaged,
         "num_params": pair.num_params,
         "is_traced": end.traced,
-        "messages": why,
+        "messages": [*why, *_sometimes(drawn)],
     }
     model = end.task.model
     if isinstance(model, TrainedProgram):
-        model = dataclasses.replace(model, params=flat)
+        model = dataclasses.replace(model, params=flat, sites_vary=bool(drawn.sometimes))
         labels, notes = _drawn_back(model, drawn.values, full, generator)
         drawn = drawn._replace(values={**drawn.values, **labels})
-        attrs["messages"] = [*why, *notes]
+        attrs["messages"] += notes
     values = _kept(end, pair, drawn, flat)
     recipe = dataclasses.replace(
         end.recipe, full=full, traced=end.traced, left_out=tuple(sorted(left_out))
@@ -91,6 +91,16 @@ def finish(end: End) -> dict[str, Any]:
     if not drawn.is_point and full and drawn.values:
         parts["sample_stats"] = {"log_weight": drawn.log_weights[None]}
     return parts
+
+
+def _sometimes(drawn: Draws) -> list[str]:
+    if not drawn.sometimes:
+        return []
+    names = ", ".join(map(repr, drawn.sometimes))
+    return [
+        f"not every run of the program has the sites {names}: they are trained, and are not among "
+        "the draws."
+    ]
 
 
 def _summed_out(pair: Pair) -> list[str]:

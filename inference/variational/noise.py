@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-__all__ = ["Branches", "Drawn", "Fed", "Hidden", "NoiseSize", "Tape"]
+from bayesgen.inference.programs.complaints import current_line
+
+__all__ = ["Branches", "Drawn", "Fed", "Hidden", "NoiseSize", "Read", "Tape"]
 
 _aten = torch.ops.aten
 # Proposals of the Gamma sampler, each accepted with probability 0.95 or more: all fail once in
@@ -33,6 +35,10 @@ class NoiseSize(NamedTuple):
 
     num_normals: int
     num_uniforms: int
+
+
+Read = tuple[str, bool | int | float]
+"""A line of a program, and the number that it read."""
 
 
 class _Source(ABC):
@@ -145,11 +151,15 @@ class Branches(TorchDispatchMode):
 
     The branch that is taken becomes part of the graph. :attr:`violated` is computed by the graph
     itself, and says whether other inputs would have read other numbers.
+
+    Args:
+        seen: Where lines of the user's program that read a number, and the number, are added.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seen: list[Read] | None = None) -> None:
         super().__init__()
         self._changed: list[Tensor] = []
+        self._seen = seen
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -158,6 +168,8 @@ class Branches(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         with _disable_current_modes():
             value = func(*args)
+        if self._seen is not None:
+            self._seen.append((current_line(), value))
         self._changed.append((args[0] != value).reshape(()))
         return value
 

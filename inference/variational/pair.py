@@ -20,7 +20,7 @@ from bayesgen.inference.compiled.products import PlainProducts
 from bayesgen.inference.programs.call import Call
 from bayesgen.inference.programs.complaints import ProgramError, explained
 from bayesgen.inference.programs.sites import Checked, check_program, quietly
-from bayesgen.inference.variational.noise import Branches, Fed, Tape
+from bayesgen.inference.variational.noise import Branches, Fed, Read, Tape
 from bayesgen.inference.variational.objectives import OBJECTIVES, Traces, run_both
 from bayesgen.priors import same_support
 from bayesgen.replay import unwrapped
@@ -182,7 +182,18 @@ class Pair:
 
         Tensors, then indices, are data. Branches: :mod:`~bayesgen.inference.variational.noise`.
         """
-        branches = Branches()
+        return self.watched(None, flat, normals, uniforms, *data)
+
+    def watched(
+        self,
+        seen: list[Read] | None,
+        flat: Tensor,
+        normals: Tensor,
+        uniforms: Tensor,
+        *data: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same; numbers that the program reads are added to ``seen``."""
+        branches = Branches(seen)
         with branches, Tape(Fed(normals, uniforms)):
             value, gradient = self.gradient_now(flat, *data)
             return value, gradient, branches.violated(value)

@@ -12,17 +12,27 @@ from torch import Tensor, fx
 
 from bayesgen import rng
 from bayesgen.inference.compiled.graph import capture, simplify
-from bayesgen.inference.programs.complaints import ProgramError, user_line
+from bayesgen.inference.programs.complaints import ProgramError, explained, user_line
 from bayesgen.inference.programs.sites import quietly
 from bayesgen.inference.programs.summed import is_summed
-from bayesgen.inference.variational.noise import Drawn, Fed, Hidden, NoiseSize, Tape
+from bayesgen.inference.variational.noise import (
+    Branches,
+    Drawn,
+    Hidden,
+    NoiseSize,
+    Read,
+    Tape,
+)
 from bayesgen.inference.variational.optimizers import Optimizer, clip
 from bayesgen.inference.variational.pair import Pair
 
 __all__ = [
+    "SLOWLY",
+    "Bound",
     "Feed",
     "Traced",
     "Update",
+    "branch_words",
     "draw_noise",
     "make_update",
     "particles",
@@ -31,6 +41,25 @@ __all__ = [
 ]
 
 _aten = torch.ops.aten
+_WATCHED_RUNS = 64  # draws at which the branches of a new graph are watched
+
+
+class _Branched(ProgramError):
+    """A branch that the graph took is not always taken."""
+
+    def __init__(self, one: Sequence[Read], other: Sequence[Read]) -> None:
+        pairs = zip(one, other, strict=False)
+        changed = [first[0] for first, second in pairs if first != second]
+        super().__init__(branch_words(changed[:1]))
+
+
+def branch_words(lines: Sequence[str]) -> str:
+    """What is said of a program that branches, at one of some lines, on what it draws."""
+    at = " or ".join(dict.fromkeys(filter(None, lines)))
+    return (
+        f"the value of a latent, or of what is computed from it, decides what runs"
+        f"{f' at {at}' if at else ''}. Choose by torch.where, and it can be traced."
+    )
 
 
 class Traced(NamedTuple):
@@ -40,6 +69,8 @@ class Traced(NamedTuple):
     noise: NoiseSize
     message: str = ""
     """Why there is no graph, with the line."""
+    lines: tuple[str, ...] = ()
+    """Lines of the program that branch on a number, which the graph watches."""
 
     def fingerprint(self) -> str:
         """A hash of the graph and its constants."""
@@ -81,6 +112,8 @@ def trace_pair(
             return _traced(pair, data, fixed, generator)
         except Exception as error:
             message = message or _why(error)
+    with rng.fork(generator), explained():  # what Pyro cannot run either
+        pair.gradient_now(pair.start(), *data)
     return Traced(None, NoiseSize(0, 0), message)
 
 
@@ -88,26 +121,34 @@ def _traced(
     pair: Pair, data: tuple[Tensor, ...], fixed: bool, generator: torch.Generator
 ) -> Traced:
     flat = pair.start()
-    noise, other = (_noise(pair, flat, data, generator) for _ in range(2))
+    (noise, first), (other, second) = (_noise(pair, flat, data, generator) for _ in range(2))
     if noise != other:
-        raise ProgramError("runs differ in the random numbers that they take")
+        if first == second:
+            raise ProgramError("runs differ in the random numbers that they take")
+        raise _Branched(first, second)
     example = (flat, *draw_noise(noise, (), pair, generator), *data)
 
-    def held(flat: Tensor, normals: Tensor, uniforms: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
-        return pair.gradient(flat, normals, uniforms, *data)
+    seen: list[Read] = []
 
-    graph = _graph(pair, held if fixed else pair.gradient, example, fixed)
-    _check(pair, graph, example, noise, generator)
-    return Traced(graph, noise)
+    def gradient(
+        flat: Tensor, normals: Tensor, uniforms: Tensor, *given: Tensor
+    ) -> tuple[Tensor, ...]:
+        seen.clear()  # it may be called again
+        return pair.watched(seen, flat, normals, uniforms, *(data if fixed else given))
+
+    graph = _graph(pair, gradient, example, fixed)
+    _check(pair, graph, example, noise, seen, generator)
+    return Traced(graph, noise, lines=tuple(dict.fromkeys(line for line, _ in seen)))
 
 
 def _noise(
     pair: Pair, flat: Tensor, data: tuple[Tensor, ...], generator: torch.Generator
-) -> NoiseSize:
-    source = Drawn(generator)
-    with Tape(source):
+) -> tuple[NoiseSize, list[Read]]:
+    """What one run takes, and the numbers that it reads."""
+    source, seen = Drawn(generator), list[Read]()
+    with Branches(seen), Tape(source):
         pair.gradient_now(flat, *data)
-    return source.size
+    return source.size, seen
 
 
 def draw_noise(
@@ -143,18 +184,25 @@ def _check(
     graph: fx.GraphModule,
     example: tuple[Tensor, ...],
     noise: NoiseSize,
+    seen: Sequence[Read],
     generator: torch.Generator,
 ) -> None:
     """The graph elsewhere than where it was traced, against Pyro."""
     flat, data = example[0], example[3:]
+    for _ in range(_WATCHED_RUNS if seen else 0):
+        drawn = draw_noise(noise, (), pair, generator)
+        if bool(graph(flat, *drawn, *data)[2]):
+            now: list[Read] = []
+            pair.watched(now, flat, *drawn, *data)
+            raise _Branched(seen, now)
     flat = flat + 0.05 * rng.standard_normal(flat.shape, generator, flat.dtype)
     normals, uniforms = draw_noise(noise, (), pair, generator)
     found = graph(flat, normals, uniforms, *data)
-    with Tape(Fed(normals, uniforms)):
-        wanted = pair.gradient_now(flat, *data)
+    now = []
+    wanted = pair.watched(now, flat, normals, uniforms, *data)
     if bool(found[2]):
-        raise ProgramError("the program branches on a value that changes")
-    for one, other in zip(found[:2], wanted, strict=True):
+        raise _Branched(seen, now)
+    for one, other in zip(found[:2], wanted[:2], strict=True):
         scale = 1 + other.abs().max() if other.numel() else 1.0
         tolerance = (1e-3 if pair.dtype == torch.float32 else 1e-6) * scale
         if bool(((one - other).abs() > tolerance).any()):
@@ -162,13 +210,15 @@ def _check(
 
 
 def _why(error: Exception) -> str:
+    if isinstance(error, _Branched):
+        return f"{SLOWLY}: {error}"
     line = user_line(error)
     text = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
     at = f" at {line}" if line else ""
-    return (
-        "model and guide could not be traced and run by Pyro's own Python, many times slower: "
-        f"{type(error).__name__}{at}. {text}"
-    )
+    return f"{SLOWLY}: {type(error).__name__}{at}. {text}"
+
+
+SLOWLY = "model and guide could not be traced and run by Pyro's own Python, many times slower"
 
 
 # ---------------------------------------------------------------- the update

@@ -32,12 +32,15 @@ class TrainedProgram(CodeModel, Pointwise):
         pair: The program and its guide.
         arguments: What they were called with.
         params: Trained parameters, flat and unconstrained.
+        sites_vary: Whether some runs of the program have sites that others lack: then there is no
+            density of its rows.
     """
 
     function: Callable[..., Any]
     pair: Pair = field(repr=False)
     arguments: Arguments = field(repr=False)
     params: Tensor = field(repr=False)
+    sites_vary: bool = False
 
     def __repr__(self) -> str:
         nodes = self._nodes
@@ -104,7 +107,11 @@ class TrainedProgram(CodeModel, Pointwise):
         return run
 
     def log_likelihood(self, draws: Tensors) -> Mapping[str, Tensor]:
-        if self.pair.plates or any(s.name not in draws for s in self.density.layout.sites):
+        if (
+            self.pair.plates
+            or self.sites_vary
+            or any(s.name not in draws for s in self.density.layout.sites)
+        ):
             return {}  # local latents are not among the draws
         return self.density.log_likelihood(draws)
 
