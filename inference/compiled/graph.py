@@ -122,6 +122,7 @@ def simplify(graph: fx.GraphModule, *example: Tensor) -> fx.GraphModule:
     _values_of_max(graph, values)
     _plain_copy(graph, values)
     _plain_scatter(graph, values)
+    _masked_write(graph, values)
     _log_sigmoid(graph, values)
     _drop(graph, values)
     _share(graph)
@@ -293,6 +294,28 @@ def _plain_scatter(graph: fx.GraphModule, values: dict[fx.Node, Any]) -> None:
         values |= {index: places, flat: whole.reshape(-1), found: value, shaped: values[node]}
         values[new] = values[source].reshape(-1)
         node.replace_all_uses_with(shaped)
+        graph.graph.erase_node(node)
+
+
+def _masked_write(graph: fx.GraphModule, values: dict[fx.Node, Any]) -> None:
+    """Write ``x[mask] = number`` by ``where``: vmap has no rule for a mask as an index."""
+    for node in list(graph.graph.find_nodes(op="call_function", target=_aten.index_put.default)):
+        base, places, number, *accumulate = node.args
+        if len(places) != 1 or places[0] is None or any(accumulate):
+            continue
+        mask = values[places[0]]
+        if (
+            mask.dtype != torch.bool
+            or mask.shape != values[base].shape
+            or values[number].numel() != 1
+        ):
+            continue
+        with graph.graph.inserting_before(node):
+            call = graph.graph.call_function
+            one = call(_aten.reshape.default, (number, []))
+            new = call(_aten.where.self, (places[0], one, base))
+        values |= {one: values[number].reshape(()), new: values[node]}
+        node.replace_all_uses_with(new)
         graph.graph.erase_node(node)
 
 

@@ -32,6 +32,7 @@ from bayesgen.inference.programs.complaints import (
 from bayesgen.replay import is_computed, quietly
 
 __all__ = [
+    "RADIUS",
     "Checked",
     "check_program",
     "Flat",
@@ -43,9 +44,11 @@ __all__ = [
     "enumerated",
     "is_parameter",
     "quietly",
+    "shape_before",
 ]
 
-_RADIUS = 2.0
+RADIUS = 2.0
+"""Starts lie this near to the origin on the unconstrained scale."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +89,11 @@ class Layout:
         return sum(site.size for site in self.sites)
 
 
-def _shape_before(transform: Any, shape: torch.Size) -> torch.Size:
+def shape_before(transform: Any, shape: torch.Size) -> torch.Size:
     """``transform.inverse_shape``, without sympy, which ``torch.broadcast_shapes`` imports."""
     if isinstance(transform, transforms.ComposeTransform):
         for part in reversed(transform.parts):
-            shape = _shape_before(part, shape)
+            shape = shape_before(part, shape)
         return shape
     if isinstance(transform, transforms.AffineTransform):
         parts = [v.shape for v in (transform.loc, transform.scale) if isinstance(v, Tensor)]
@@ -122,9 +125,9 @@ class _Start(Messenger):
             self.discrete.append(name)
             return
         transform = bijection(law, name)
-        shape = _shape_before(transform, law.shape())
+        shape = shape_before(transform, law.shape())
         uniform = torch.rand(shape, generator=self.generator, device=self.generator.device)
-        raw = _RADIUS * (2 * uniform - 1)
+        raw = RADIUS * (2 * uniform - 1)
         before = self.before.raw.get(name) if self.before else None
         if before is not None and before.shape == shape:
             raw = -before

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from bayesgen import rng
 from bayesgen.inference.compiled.graph import capture, simplify
+from bayesgen.inference.programs.flat import starting_in_the_support
 from bayesgen.inference.programs.sites import dims_of, quietly
 from bayesgen.inference.variational.noise import Branches, Drawn, Fed, Hidden, Tape
 from bayesgen.inference.variational.objectives import OBJECTIVES, Traces
@@ -71,7 +72,7 @@ def settled(pair: Pair, flat: Tensor, tensors: Sequence[Tensor]) -> Pair:
     loc = next(v for k, v in pair.named(flat).items() if k.rpartition(".")[2] == "loc")
     args, kwargs = pair.call.arguments(tensors)
     quiet = rng.fork(rng.make_generator(0, pair.device))  # Pyro runs the model there
-    with quiet, pair.using(flat), torch.enable_grad():
+    with quiet, pair.using(flat), torch.enable_grad(), starting_in_the_support():
         # A parameter of its own: the Hessian is taken with respect to it.
         guide.loc = nn.Parameter(loc.detach().clone())
         try:

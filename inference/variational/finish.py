@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bayesgen import rng
 from bayesgen.capabilities import Guided
+from bayesgen.inference.programs.flat import flat_sites
 from bayesgen.inference.programs.recover import too_many
 from bayesgen.inference.programs.sites import is_parameter
 from bayesgen.inference.variational.draws import (
@@ -74,7 +75,7 @@ def finish(end: End) -> dict[str, Any]:
         "averaged": averaged,
         "num_params": pair.num_params,
         "is_traced": end.traced,
-        "messages": [*why, *_sometimes(drawn)],
+        "messages": [*why, *_sometimes(drawn), *_unbounded(pair)],
     }
     model = end.task.model
     if isinstance(model, TrainedProgram):
@@ -100,6 +101,16 @@ def _sometimes(drawn: Draws) -> list[str]:
     return [
         f"not every run of the program has the sites {names}: they are trained, and are not among "
         "the draws."
+    ]
+
+
+def _unbounded(pair: Pair) -> list[str]:
+    names = ", ".join(map(repr, flat_sites(pair.traces.model.nodes)))
+    if not names:
+        return []
+    return [
+        f"flat priors ({names}) have no normalising constant: the ELBO bounds no evidence, and "
+        "says nothing beside that of another model. It serves to compare guides of this one."
     ]
 
 

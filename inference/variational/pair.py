@@ -19,6 +19,7 @@ from bayesgen import rng
 from bayesgen.inference.compiled.products import PlainProducts
 from bayesgen.inference.programs.call import Call
 from bayesgen.inference.programs.complaints import ProgramError, explained
+from bayesgen.inference.programs.flat import starting_in_the_support
 from bayesgen.inference.programs.sites import Checked, check_program, quietly
 from bayesgen.inference.variational.noise import Branches, Fed, Read, Tape
 from bayesgen.inference.variational.objectives import OBJECTIVES, Traces, run_both
@@ -263,7 +264,12 @@ def meet(
         aside = rng.make_generator(0, generator.device)
         with _context(dtype, {"params": {}, "constraints": {}}):
             check_program(lambda: model(*args, **kwargs), dtype=dtype, generator=aside)
-    with rng.fork(generator), _context(dtype, store, validate=True), explained():
+    with (
+        rng.fork(generator),
+        _context(dtype, store, validate=True),
+        explained(),
+        starting_in_the_support(),
+    ):
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         replayed = poutine.replay(model, trace=guide_trace)
         with Checked():

@@ -15,6 +15,7 @@ from bayesgen.capabilities import Conjugate, Guided, Program
 from bayesgen.data import Dataset
 from bayesgen.inference.programs.call import Call
 from bayesgen.inference.programs.complaints import ProgramError, explained
+from bayesgen.inference.programs.flat import starting_in_the_support
 from bayesgen.inference.programs.sites import Checked, quietly
 from bayesgen.inference.programs.start import conjugate_values
 from bayesgen.inference.variational.guides import make_guide
@@ -184,7 +185,7 @@ def _discrete(
     args, kwargs = call.arguments(tensors)
     kwargs |= source.extra
     with rng.fork(generator), quietly(dtype, validate=True), explained(), torch.no_grad():
-        with Checked():
+        with Checked(), starting_in_the_support():
             nodes = poutine.trace(source.model).get_trace(*args, **kwargs).nodes
     return [
         name

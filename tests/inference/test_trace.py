@@ -282,3 +282,17 @@ def test_one_chain_where_a_matrix_is_singular_stops_no_other(form):
     torch.testing.assert_close(value[0], wanted)
     assert bool(gradient[0].isfinite().all())
     assert not bool(value[1].isfinite() & gradient[1].isfinite().all())
+
+
+def test_counts_with_latent_weights_run_in_batches():
+    """Pyro writes through a mask there, for which vmap has no rule."""
+
+    def program():
+        weights = pyro.sample("weights", dist.Dirichlet(THREE))
+        pyro.sample("counts", dist.Multinomial(9, weights), obs=t([3.0, 4.0, 2.0]))
+
+    density = trace(program, generator=rng.make_generator(0))
+    points = t([[0.1, -0.4], [1.0, 0.3], [-0.5, 2.0]])
+    values, _ = density.batched(3)(points)
+    wanted = torch.stack([density.pyro_log_prob(point) for point in points])
+    assert torch.allclose(values, wanted, rtol=1e-12)
