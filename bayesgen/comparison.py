@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bayesgen.arviz_groups import import_arviz
 from bayesgen.capabilities import Pointwise, Scored, require
+from bayesgen.fingerprint import tensor_bytes
 from bayesgen.predictive import observed
 from bayesgen.psis import smooth
 
@@ -233,7 +234,7 @@ def _fingerprint(fit: Fit) -> str:
         flat = value.detach().double().cpu()
         flat = flat.squeeze(-1) if flat.ndim == 2 and flat.shape[1] == 1 else flat
         digest.update(repr(tuple(flat.shape)).encode())
-        digest.update(flat.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor_bytes(flat))
     return digest.hexdigest()
 
 

@@ -22,6 +22,7 @@ from bayesgen import rng
 from bayesgen.alignment import settled
 from bayesgen.capabilities import require
 from bayesgen.data import Dataset, as_dataset
+from bayesgen.fingerprint import tensor_bytes
 from bayesgen.inference.checks import check_called
 from bayesgen.storage import flatten, read_folder, unflatten, write_folder
 
@@ -358,7 +359,7 @@ def _digest(model: Any) -> str:
     digest = hashlib.sha256(type(model).__name__.encode())
     digest.update(json.dumps(config, sort_keys=True).encode())
     for name, value in sorted(tensors.items()):
-        digest.update(name.encode() + value.cpu().numpy().tobytes())
+        digest.update(name.encode() + tensor_bytes(value))
     return digest.hexdigest()
 
 

@@ -51,6 +51,7 @@ _RESHAPES = {
     _aten._to_copy.default,
     _aten.slice.Tensor,
 }
+_STRIDED = {_aten.as_strided.default, _aten.as_strided_scatter.default}
 _MAX_FOLDED = 2**22  # elements: larger constants are cheaper to compute than to hold
 
 
@@ -121,8 +122,10 @@ def simplify(graph: fx.GraphModule, *example: Tensor) -> fx.GraphModule:
     _fold(graph, values)
     _values_of_max(graph, values)
     _plain_copy(graph, values)
+    _plain_view(graph, values)
     _plain_scatter(graph, values)
     _masked_write(graph, values)
+    _counted_from_the_start(graph, values)
     _log_sigmoid(graph, values)
     _drop(graph, values)
     _share(graph)
@@ -271,18 +274,47 @@ def _values_of_max(graph: fx.GraphModule, values: dict[fx.Node, Any]) -> None:
             user.replace_all_uses_with(new)
 
 
+def _places(graph: fx.GraphModule, node: fx.Node, whole: Tensor) -> Tensor | None:
+    """Flat positions that a strided view takes; None where they are not those of ``whole``."""
+    if not whole.is_contiguous() or whole.storage_offset():
+        return None
+    geometry = node.args[1:] if node.target is _aten.as_strided.default else node.args[2:]
+    places = torch.arange(whole.numel(), device=whole.device).as_strided(*geometry).reshape(-1)
+    graph.register_buffer(f"_places_{node.name}", places)
+    return places
+
+
+def _plain_view(graph: fx.GraphModule, values: dict[fx.Node, Any]) -> None:
+    """Write ``as_strided`` by ``index_select``, which has rules for batches and for C++."""
+    for node in graph.graph.find_nodes(op="call_function", target=_aten.as_strided.default):
+        base = node.args[0]
+        whole, wanted = values[base], values[node]
+        # A strided view of this one would count by strides that are gone then.
+        if any(user.target in _STRIDED for user in node.users):
+            continue
+        if (places := _places(graph, node, whole)) is None:
+            continue
+        with graph.graph.inserting_before(node):
+            call = graph.graph.call_function
+            index = graph.graph.get_attr(f"_places_{node.name}")
+            flat = call(_aten.reshape.default, (base, [-1]))
+            found = call(_aten.index_select.default, (flat, 0, index))
+            shaped = call(_aten.reshape.default, (found, list(wanted.shape)))
+        values |= {index: places, flat: whole.reshape(-1)}
+        values |= {found: wanted.reshape(-1), shaped: wanted.contiguous()}
+        node.replace_all_uses_with(shaped)
+        graph.graph.erase_node(node)
+
+
 def _plain_scatter(graph: fx.GraphModule, values: dict[fx.Node, Any]) -> None:
     """Write ``as_strided_scatter`` by ``scatter``: there is no batching rule for the former."""
     for node in graph.graph.find_nodes(
         op="call_function", target=_aten.as_strided_scatter.default
     ):
-        base, source, size, stride, *offset = node.args
+        base, source = node.args[:2]
         whole = values[base]
-        if not whole.is_contiguous():
+        if (places := _places(graph, node, whole)) is None:
             continue
-        places = torch.arange(whole.numel(), device=whole.device)
-        places = places.as_strided(size, stride, *offset).reshape(-1)
-        graph.register_buffer(f"_places_{node.name}", places)
         with graph.graph.inserting_before(node):
             call = graph.graph.call_function
             index = graph.graph.get_attr(f"_places_{node.name}")
@@ -317,6 +349,14 @@ def _masked_write(graph: fx.GraphModule, values: dict[fx.Node, Any]) -> None:
         values |= {one: values[number].reshape(()), new: values[node]}
         node.replace_all_uses_with(new)
         graph.graph.erase_node(node)
+
+
+def _counted_from_the_start(graph: fx.GraphModule, values: dict[fx.Node, Any]) -> None:
+    """Bounds of ``slice_scatter`` as positions: vmap's rule does not know what -1 stands for."""
+    for node in graph.graph.find_nodes(op="call_function", target=_aten.slice_scatter.default):
+        base, source, axis, start, end, step = node.args + (0, None, None, 1)[len(node.args) - 2 :]
+        bounds = slice(start, end, step).indices(values[base].shape[axis])
+        node.args = (base, source, axis, *bounds)
 
 
 def _plain_copy(graph: fx.GraphModule, values: dict[fx.Node, Any]) -> None:

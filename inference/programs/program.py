@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bayesgen.alignment import aligned
 from bayesgen.capabilities import Model, Pointwise, Simulated, Tensors
+from bayesgen.fingerprint import tensor_bytes
 from bayesgen.inference.programs.trace import Density
 from bayesgen.prior_replacement import Reprior
 from bayesgen.replay import log_priors, simulate
@@ -58,9 +59,7 @@ class Arguments:
 def _hash(digest: Any, value: Any) -> None:
     if isinstance(value, Tensor):
         digest.update(repr((tuple(value.shape), str(value.dtype))).encode())
-        digest.update(
-            value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        )
+        digest.update(tensor_bytes(value))
     elif isinstance(value, Mapping):
         for key, inner in value.items():
             digest.update(repr(key).encode())

@@ -23,6 +23,7 @@ from pyro.infer.mcmc.util import TraceEinsumEvaluator
 from torch import Tensor, fx
 
 from bayesgen import rng
+from bayesgen.fingerprint import tensor_bytes
 from bayesgen.inference.compiled.graph import capture, never_raising, simplify
 from bayesgen.inference.compiled.products import PlainProducts
 from bayesgen.inference.programs.complaints import ProgramError, bijection, user_line
@@ -199,9 +200,7 @@ class Density:
         if self.single is not None:
             digest.update(self.single.code.encode())
             for name, value in sorted(self.single.named_buffers()):
-                digest.update(name.encode())
-                flat = value.detach().cpu().contiguous().reshape(-1)
-                digest.update(flat.view(torch.uint8).numpy().tobytes())
+                digest.update(name.encode() + tensor_bytes(value))
         return digest.hexdigest()
 
     # ------------------------------------------------------------ blame
@@ -256,17 +255,16 @@ def trace(
     for data_apart in (False, True):
         try:
             single = _single(layout, density._points(1)[0], data_apart)
+            if single is None:
+                return Density(layout, None, _RANDOM)
+            found = Density(layout, single, notes={"trace_seconds": time.perf_counter() - start})
+            if _agrees(found):  # in one batch, for which an operator may have no rule
+                return found
+            message = message or _RANDOM
         except ProgramError:
             raise
         except Exception as error:
             message = message or _why(error)
-            continue
-        if single is None:
-            return Density(layout, None, _RANDOM)
-        found = Density(layout, single, notes={"trace_seconds": time.perf_counter() - start})
-        if _agrees(found):
-            return found
-        message = message or _RANDOM
     return Density(layout, None, message)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from bayesgen import rng
+from bayesgen.fingerprint import tensor_bytes
 from bayesgen.inference.compiled.graph import capture, simplify
 from bayesgen.inference.programs.complaints import ProgramError, explained, user_line
 from bayesgen.inference.programs.sites import quietly
@@ -78,10 +79,7 @@ class Traced(NamedTuple):
         if self.graph is not None:
             digest.update(self.graph.code.encode())
             for name, value in sorted(self.graph.named_buffers()):
-                flat = (
-                    value.detach().cpu().reshape(-1).clone(memory_format=torch.contiguous_format)
-                )
-                digest.update(name.encode() + flat.view(torch.uint8).numpy().tobytes())
+                digest.update(name.encode() + tensor_bytes(value))
         return digest.hexdigest()
 
 

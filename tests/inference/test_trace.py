@@ -11,7 +11,7 @@ from pyro.distributions import constraints
 
 from bayesgen import rng
 from bayesgen.inference.programs.complaints import bijection
-from bayesgen.inference.programs.trace import trace
+from bayesgen.inference.programs.trace import Density, trace
 
 __all__: list[str] = []
 
@@ -53,6 +53,7 @@ LATENTS = {
     "mvn-low-rank": lambda: dist.LowRankMultivariateNormal(THREE, SPD[:, :1], THREE),
     "mv-student": lambda: dist.MultivariateStudentT(t(4.0), THREE, torch.linalg.cholesky(SPD)),
     "lkj": lambda: dist.LKJCholesky(3, t(2.0)),
+    "lkj-pair": lambda: dist.LKJCholesky(2, t(2.0)),
     "wishart": lambda: dist.Wishart(t(5.0), SPD),
     "flat-cholesky": lambda: dist.ImproperUniform(constraints.lower_cholesky, (), (3, 3)),
     "flat-positive-definite": lambda: dist.ImproperUniform(
@@ -125,6 +126,49 @@ def test_latent_densities_are_pyros(name):
         pyro.sample("latent", LATENTS[name]())
 
     check_against_pyro(program, trace(program, generator=generator()))
+
+
+@pytest.mark.parametrize("num_levels", [2, 3, 5])
+def test_ordered_responses_are_pyros(num_levels):
+    """Torch's rules for batches do not know an end of -1, which this distribution writes to."""
+    levels = torch.arange(2 * num_levels) % num_levels
+
+    def program():
+        slope = pyro.sample("slope", dist.Normal(0.0, 2.0))
+        first = dist.Normal(torch.zeros(num_levels - 1), 3.0).to_event(1)
+        law = dist.TransformedDistribution(first, [dist.transforms.OrderedTransform()])
+        cutpoints = pyro.sample("cutpoints", law)
+        with pyro.plate("data", len(levels)):
+            law = dist.OrderedLogistic(slope * torch.linspace(-1, 1, len(levels)), cutpoints)
+            pyro.sample("level", law, obs=levels)
+
+    check_against_pyro(program, trace(program, generator=generator()))
+
+
+@pytest.mark.parametrize("dim", [2, 3, 5])
+def test_correlated_rows_are_pyros_and_have_a_fingerprint(dim):
+    """Of two columns one correlation is left, a constant of which has a stride of zero."""
+    x = rng.standard_normal((20, dim), generator())
+
+    def program():
+        factor = pyro.sample("factor", dist.LKJCholesky(dim, 2.0))
+        with pyro.plate("data", len(x)):
+            law = dist.MultivariateNormal(torch.zeros(dim), scale_tril=factor)
+            pyro.sample("x", law, obs=x)
+
+    density = trace(program, generator=generator())
+    check_against_pyro(program, density)
+    assert len(density.fingerprint()) == 64
+
+
+def test_without_a_rule_for_batches_the_program_runs_by_pyro(monkeypatch):
+    def refused(self, vectors):
+        raise RuntimeError("no batching rule")
+
+    monkeypatch.setattr(Density, "value_and_grad", refused)
+    density = trace(program_of_several, generator=generator())
+    assert not density.is_traced
+    assert "no batching rule" in density.message
 
 
 def program_of_several():
