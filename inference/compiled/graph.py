@@ -278,7 +278,7 @@ def _places(graph: fx.GraphModule, node: fx.Node, whole: Tensor) -> Tensor | Non
     """Flat positions that a strided view takes; None where they are not those of ``whole``."""
     if not whole.is_contiguous() or whole.storage_offset():
         return None
-    geometry = node.args[1:] if node.target is _aten.as_strided.default else node.args[2:]
+    geometry: Any = node.args[1:] if node.target is _aten.as_strided.default else node.args[2:]
     places = torch.arange(whole.numel(), device=whole.device).as_strided(*geometry).reshape(-1)
     graph.register_buffer(f"_places_{node.name}", places)
     return places
