@@ -414,10 +414,18 @@ class Solvable(ABC):
     """A model whose likelihood has its maximum in closed form."""
 
     @abstractmethod
+    def takes_products(self, num_rows: int, num_columns: int, method: str) -> bool:
+        """Whether sums of products of the columns are all that :meth:`solve` needs of such data.
+
+        Asked of a model before it is bound.
+        """
+
+    @abstractmethod
     def solve(
         self,
         passes: Callable[[], Iterable[Tensor]],
         *,
+        products: Tensor | None,
         restricted: bool,
         method: str,
         generator: torch.Generator,
@@ -426,6 +434,8 @@ class Solvable(ABC):
 
         Args:
             passes: Called for each pass; gives all rows in batches ``(b, d)``, float64.
+            products: Sums of products of the columns' deviations from their means ``(d, d)``,
+                where they are known: then no pass is needed.
             restricted: Whether the mean is integrated out of the likelihood under a flat prior.
             method: ``"exact"``, ``"randomised"``, or ``"auto"`` for what suits the data's size.
             generator: Source of randomness of ``"randomised"``.

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bayesgen.capabilities import Solvable
+from bayesgen.capabilities import Solvable, require
+from bayesgen.data import Dataset, as_dataset
 from bayesgen.inference.checks import check_choice
 from bayesgen.inference.run import Engine, Info, Task
 
@@ -33,9 +34,10 @@ class ClosedForm(Engine[Solved]):
 
     .. math:: \hat\theta = \arg\max_\theta \log p(x \mid \theta)
 
-    For probabilistic PCA an eigenvalue problem of the second moments, which one pass adds up in
-    batches; rows that stream from disk are never held together. When there are so many columns
-    that their second moments do not fit, a random subspace replaces them.
+    For probabilistic PCA an eigenvalue problem of the second moments. The pass that adds them up,
+    a few rows at a time, is also the one that checks and summarises the columns; rows that stream
+    from disk are never held together. When there are so many columns that their second moments do
+    not fit, a random subspace replaces them.
 
     References:
         Tipping & Bishop (1999). Probabilistic principal component analysis. Halko, Martinsson &
@@ -46,7 +48,8 @@ class ClosedForm(Engine[Solved]):
             covariances are then divided by ``n - 1``, which is unbiased and what scikit-learn
             does. ``"likelihood"`` is the plain maximum, divided by ``n``.
         method: ``"exact"``, ``"randomised"``, or ``"auto"``: exact up to 2,000 columns.
-        batch_size: Rows of a batch; None chooses batches that fit the processor's cache.
+        batch_size: Rows of a batch; None chooses batches that fit the processor's cache. A number
+            asks for a pass of their own.
         device: Where to compute.
 
     Example:
@@ -83,6 +86,19 @@ class ClosedForm(Engine[Solved]):
         """One."""
         return 1
 
+    def task(self, model: Any, data: object, generator: torch.Generator) -> Task:
+        solvable = require(model, Solvable, f"{type(self).__name__}.run")
+        dataset = as_dataset(data)
+        # Asked for first, products come with the summary and fingerprint, by the same pass.
+        if self._takes_products(solvable, dataset):
+            _ = dataset.products
+        return super().task(model, dataset, generator)
+
+    def _takes_products(self, model: Solvable, data: Dataset) -> bool:
+        if self.batch_size is not None or self._device.type != "cpu":
+            return False
+        return model.takes_products(data.num_rows, data.num_columns, self.method)
+
     def prepare(self, task: Task) -> int:
         size = _BYTES if task.device.type == "cpu" else _LARGE_BYTES
         return self.batch_size or max(256, size // (8 * task.data.num_columns))
@@ -94,8 +110,10 @@ class ClosedForm(Engine[Solved]):
         def passes() -> Iterator[Tensor]:
             yield from task.data.batches(work, dtype=torch.float64, device=task.device)
 
+        takes_products = self._takes_products(task.model, task.data)
         found = task.model.solve(
             passes,
+            products=task.data.products if takes_products else None,
             restricted=self.objective == "restricted",
             method=self.method,
             generator=task.generator,

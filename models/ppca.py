@@ -26,6 +26,12 @@ _METHODS = ("auto", "exact", "randomised")
 _LARGE, _SMALL = 2000, 2**18
 
 
+def _is_exact(num_rows: int, num_columns: int, method: str) -> bool:
+    """Whether all eigenvalues are computed, not those of a random subspace."""
+    fits = num_rows < num_columns or num_columns <= _LARGE
+    return method == "exact" or (method == "auto" and fits)
+
+
 @final
 @dataclass(frozen=True, eq=False, repr=False)
 class PPCA(LinearModel, Solvable):
@@ -71,10 +77,16 @@ class PPCA(LinearModel, Solvable):
     def is_shared(self) -> bool:
         return True
 
+    def takes_products(self, num_rows: int, num_columns: int, method: str) -> bool:
+        # Squaring the rows halves the digits of small eigenvalues: small data are spared that.
+        is_small = num_rows < num_columns or num_rows * num_columns <= _SMALL
+        return not is_small and _is_exact(num_rows, num_columns, method)
+
     def solve(
         self,
         passes: Callable[[], Iterable[Tensor]],
         *,
+        products: Tensor | None,
         restricted: bool,
         method: str,
         generator: torch.Generator,
@@ -88,8 +100,13 @@ class PPCA(LinearModel, Solvable):
                 "EM(objective='likelihood'), which integrates them out."
             )
         offset = bound.scales.offset
-        if method == "exact" or (method == "auto" and (bound.is_wide or d <= _LARGE)):
-            spectrum, loc, count = self._exact(passes)
+        if products is not None:
+            count = products.new_tensor(float(bound.num_rows))
+            loc = torch.zeros_like(offset)
+            spectrum = exact_spectrum(products, count, self.latent_dim, is_root=False)
+        elif _is_exact(bound.num_rows, d, method):
+            is_root = not self.takes_products(bound.num_rows, d, method)
+            spectrum, loc, count = self._exact(passes, is_root=is_root)
         else:
             spectrum, loc, count = self._randomised(passes, generator)
         unbiased = count / (count - 1.0) if restricted and count > 1.0 else 1.0
@@ -110,13 +127,13 @@ class PPCA(LinearModel, Solvable):
         found = {"loadings": loadings, "loc": loc + offset, "noise_scale": variance.sqrt()}
         return Solution(found, float(log_likelihood), messages)
 
-    def _exact(self, passes: Callable[[], Iterable[Tensor]]) -> tuple[Spectrum, Tensor, Tensor]:
-        bound = self._bound
-        # Squaring the rows halves the digits of small eigenvalues: small data are spared that.
-        is_root = bound.is_wide or bound.num_rows * len(bound.columns) <= _SMALL
+    def _exact(
+        self, passes: Callable[[], Iterable[Tensor]], *, is_root: bool
+    ) -> tuple[Spectrum, Tensor, Tensor]:
+        offset = self._bound.scales.offset
         total: Sums | None = None
         for rows in passes():
-            here = sum_rows(rows - bound.scales.offset, rows.dtype, is_root=is_root)
+            here = sum_rows(rows - offset, rows.dtype, is_root=is_root)
             total = here if total is None else pool(total, here)
         assert total is not None
         loc = total.total / total.count

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bayesgen.schema import Kind, Schema
-from bayesgen.tables.moments import ColumnSummary, summarise
+from bayesgen.tables.moments import ColumnSummary, summarise, summarise_products
 from bayesgen.tables.rows import MemoryRows, Rows, SubsetRows, permutation
 
 __all__ = ["Dataset"]
@@ -250,18 +250,30 @@ class Dataset:
         return self._looked[0]
 
     @cached_property
+    def products(self) -> Tensor | None:
+        """Sums over complete rows of products of deviations from the means, ``(d, d)``.
+
+        In float64 on the CPU. Asked for before anything else, the same pass gives the summary and
+        the fingerprint too. None where there are gaps, or where the first rows lie so far from
+        the others that the sums would lose digits.
+        """
+        fingerprint = _Fingerprint(self._schema)
+        found = summarise_products(self._blocks(), self.columns, fingerprint.visit)
+        if found is None:
+            return None
+        summary, products = found
+        self.__dict__.setdefault("_looked", (summary, fingerprint.digest.hexdigest()))
+        return products
+
+    @cached_property
     def _looked(self) -> tuple[ColumnSummary, str]:
         """Summary and fingerprint: both look at every entry, once and together."""
-        digest = hashlib.sha256(repr(self._schema.to_config()).encode())
-        weights = hashlib.shake_256(b"rows").digest(8 * self.num_columns)
-        odd = np.frombuffer(weights, dtype="<u8") | np.uint64(1)
+        fingerprint = _Fingerprint(self._schema)
+        summary = summarise(self._blocks(), self.columns, fingerprint.visit)
+        return summary, fingerprint.digest.hexdigest()
 
-        def visit(piece: Tensor, gaps: bool) -> None:
-            digest.update(_row_numbers(piece, odd, gaps=gaps))
-
-        blocks = (block.to("cpu") for block in self._rows.blocks())
-        summary = summarise(blocks, self.columns, visit)
-        return summary, digest.hexdigest()
+    def _blocks(self) -> Iterator[Tensor]:
+        return (block.to("cpu") for block in self._rows.blocks())
 
     def extremes(self) -> tuple[Tensor, Tensor]:
         """Smallest and largest observed entry of each column, ``(d,)``; NaN without any."""
@@ -284,15 +296,26 @@ class Dataset:
         return self._looked[1]
 
 
-def _row_numbers(values: Tensor, odd: np.ndarray[Any, Any], *, gaps: bool) -> bytes:
-    """One number of 64 bits for each row."""
-    bits = values.contiguous().numpy().view(np.uint64)
-    mixed = bits >> np.uint64(32)
-    mixed ^= bits  # low bits, which short numbers leave empty, hear of the high ones
-    if gaps:
-        mixed[values.isnan().numpy()] = np.uint64(2**63 - 1)  # one NaN of the many
-    numbers: np.ndarray[Any, Any] = np.einsum("ij,j->i", mixed, odd)
-    return numbers.astype("<u8").tobytes()
+class _Fingerprint:
+    """A digest that is shown all rows, piece by piece, and hears one number of 64 bits of each."""
+
+    def __init__(self, schema: Schema) -> None:
+        self.digest = hashlib.sha256(repr(schema.to_config()).encode())
+        weights = hashlib.shake_256(b"rows").digest(8 * len(schema.columns))
+        self._odd = np.frombuffer(weights, dtype="<u8") | np.uint64(1)
+        self._space = np.empty((0, len(schema.columns)), np.uint64)
+
+    def visit(self, rows: Tensor, gaps: bool) -> None:
+        """The next rows, in float64."""
+        bits = rows.contiguous().numpy().view(np.uint64)
+        if len(bits) > len(self._space):
+            self._space = np.empty_like(bits)
+        mixed = np.right_shift(bits, np.uint64(32), out=self._space[: len(bits)])
+        mixed ^= bits  # low bits, which short numbers leave empty, hear of the high ones
+        if gaps:
+            mixed[rows.isnan().numpy()] = np.uint64(2**63 - 1)  # one NaN of the many
+        numbers: np.ndarray[Any, Any] = np.einsum("ij,j->i", mixed, self._odd)
+        self.digest.update(numbers.astype("<u8").tobytes())
 
 
 def _decode(

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["ColumnSummary", "summarise"]
+__all__ = ["ColumnSummary", "summarise", "summarise_products"]
 
 _PIECE = 2**17
 """Numbers summarised at once."""
 _CANCELLED = 1e-2
 """Share that is left of a sum of squares, below which its digits are worth a second pass."""
+
+Visit = Callable[[Tensor, bool], None]
+"""Called with each piece of rows while it is in the processor's cache, and whether it has gaps."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,8 +41,8 @@ class ColumnSummary:
     Args:
         columns: Names of the columns.
         count: Number of observed entries.
-        origin: One of the observed entries; NaN for a column without any, as is all that follows
-            from it.
+        origin: One of the observed entries, or a number among them; NaN for a column without any,
+            as is all that follows from it.
         shift: Mean of the observed entries minus ``origin``.
         sum_squares: Sum of squared deviations from the mean.
     """
@@ -130,21 +133,60 @@ def _squares(x: Tensor) -> Tensor:
 def summarise(
     blocks: Iterable[Tensor],
     columns: tuple[str, ...],
-    visit: Callable[[Tensor, bool], None] | None = None,
+    visit: Visit | None = None,
 ) -> ColumnSummary:
-    """Summarise blocks of rows ``(b, d)``, NaN = missing, holding one block at a time.
-
-    ``visit`` is called with each piece that is looked at, in float64 and while it is in the
-    processor's cache, and whether it has gaps.
-    """
+    """Summarise blocks of rows ``(b, d)``, NaN = missing, holding one block at a time."""
     total: ColumnSummary | None = None
-    for block in blocks:
-        for piece in block.split(max(1, _PIECE // max(1, block.shape[1]))):
-            x = piece.to(torch.float64)
-            part = _summarise_block(x, columns)
-            if visit is not None:
-                visit(x, bool((part.count < len(x)).any()))
-            total = part if total is None else total.merge(part)
+    for x in _pieces(blocks):
+        part = _summarise_block(x, columns)
+        if visit is not None:
+            visit(x, bool((part.count < len(x)).any()))
+        total = part if total is None else total.merge(part)
     if total is None:
         raise ValueError("there are no rows to summarise.")
     return total
+
+
+def summarise_products(
+    blocks: Iterable[Tensor], columns: tuple[str, ...], visit: Visit
+) -> tuple[ColumnSummary, Tensor] | None:
+    """The summary of complete rows on the CPU, and the sums of products of deviations ``(d, d)``.
+
+    One product of matrices gives both. All deviations are from the mean of the first rows, so
+    that sums over pieces just add; None where those are no use as an origin (some column's mean
+    lies further from it than the column spreads, which costs digits), and where there are gaps.
+    """
+    d, count = len(columns), 0
+    origin, total, matrix = np.zeros(d), np.zeros(d), np.zeros((d, d))
+    # Memory that is used again and again stays in the cache; products in numpy, which computes
+    # only half of a symmetric one.
+    space, ones = np.empty((0, d)), np.empty(0)
+    for piece in _pieces(blocks):
+        x = piece.detach().numpy()
+        if len(x) > len(space):
+            space, ones = np.empty(x.shape), np.ones(len(x))
+        if count == 0:
+            origin = x[0] + (x - x[0]).mean(0)
+        deviation = np.subtract(x, origin, out=space[: len(x)])
+        here = ones[: len(x)] @ deviation
+        if not np.isfinite(here).all():
+            return None
+        total += here
+        matrix += deviation.T @ deviation
+        count += len(x)
+        visit(piece, False)
+    shift = total / count
+    if bool((count * shift**2 > 0.5 * matrix.diagonal()).any()):
+        return None
+    matrix -= total[:, None] * shift
+    products = torch.from_numpy(matrix)
+    counts = torch.full((d,), float(count), dtype=torch.float64)
+    near = (torch.from_numpy(origin), torch.from_numpy(shift))
+    return ColumnSummary(columns, counts, *near, products.diagonal().clamp(min=0.0)), products
+
+
+def _pieces(blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Rows in float64, as many at once as stay in the processor's cache."""
+    for block in blocks:
+        for piece in block.tensor_split(-(-block.numel() // _PIECE) or 1):
+            yield piece.to(torch.float64)

@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 from bayesgen.data import ColumnSummary, as_dataset
 from bayesgen.tables.moments import summarise
+from bayesgen.tables.rows import MemoryRows
 
 NAN = float("nan")
 NUMBERS = [[1.0, 2.0], [3.0, NAN], [5.0, 6.0]]
@@ -95,3 +96,33 @@ def test_summaries_of_other_columns_do_not_merge() -> None:
     assert left.merge(left).count.tolist() == [6, 4]
     with pytest.raises(ValueError, match="cannot be merged"):
         left.merge(right)
+
+
+def test_products_come_with_the_summary_and_fingerprint_in_one_pass(monkeypatch):
+    x = 1e6 + torch.randn(4000, 3, generator=torch.Generator().manual_seed(0)).double().cumsum(1)
+    data, other = as_dataset(x), as_dataset(x)
+    passes: list[int] = []
+    blocks = MemoryRows.blocks
+    monkeypatch.setattr(MemoryRows, "blocks", lambda self: passes.append(1) or blocks(self))
+    products = data.products
+    assert products is not None
+    centred = x - x.mean(0)
+    torch.testing.assert_close(products, centred.mT @ centred, rtol=1e-9, atol=1e-6)
+    assert data.fingerprint() == other.fingerprint()
+    for name in ("count", "mean", "variance"):
+        ours, theirs = getattr(data.summary(), name), getattr(other.summary(), name)
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0.0)
+    assert len(passes) == 2  # one of each
+
+
+@pytest.mark.parametrize("what", ["a gap", "sorted rows"])
+def test_there_are_no_products_where_they_would_be_wrong(what: str):
+    x = torch.randn(600_000, 1, generator=torch.Generator().manual_seed(0)).double()
+    if what == "a gap":
+        x[-1] = NAN
+    else:
+        x = x.sort(0).values
+    data = as_dataset(x)
+    assert data.products is None
+    assert data.summary().variance.item() == pytest.approx(as_dataset(x).summary().variance.item())
+    assert data.fingerprint() == as_dataset(x).fingerprint()
