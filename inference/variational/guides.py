@@ -7,10 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from pyro import poutine
 from pyro.infer import autoguide
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
+
+from bayesgen.inference.programs.precision import Converted
 
 __all__ = ["AUTOGUIDES", "describe", "make_guide"]
 
@@ -58,6 +61,7 @@ def make_guide(
     model: Callable[..., Any],
     discrete: Sequence[str],
     start: Mapping[str, Tensor] | None,
+    dtype: torch.dtype,
 ) -> Callable[..., Any]:
     """The guide as a callable of the model's arguments, nothing shared between runs.
 
@@ -66,6 +70,7 @@ def make_guide(
         model: The Pyro program.
         discrete: Its discrete latents, which guides made from the model leave alone.
         start: Values of the latents where a guide made by name or class begins.
+        dtype: Of the values that the model sees in the guide's first run of it.
     """
     if guide == "FlowGuide":
         from bayesgen.inference.variational.flow_guide import FlowGuide
@@ -74,18 +79,19 @@ def make_guide(
     if isinstance(guide, str):
         guide = getattr(autoguide, guide)
     if _is_class(guide):
-        shown = poutine.block(model, hide=list(discrete)) if discrete else model
+        shown = Converted(dtype)(model)
+        shown = poutine.block(shown, hide=list(discrete)) if discrete else shown
         options: dict[str, Any] = {}
         if start is not None and "init_loc_fn" not in getattr(guide, "keywords", {}):
             values = {k: v.detach() for k, v in start.items()}
             options["init_loc_fn"] = autoguide.initialization.init_to_value(values=values)
         return guide(shown, **options)
     if isinstance(guide, AutoGuide):
-        return _copied(guide)
+        return _copied(guide, dtype)
     return guide
 
 
-def _copied(guide: AutoGuide) -> AutoGuide:
+def _copied(guide: AutoGuide, dtype: torch.dtype) -> AutoGuide:
     """A run begins where the instance stands, and leaves it there.
 
     Copying makes Pyro's guides forget their model, the original too; both are told again.
@@ -95,7 +101,8 @@ def _copied(guide: AutoGuide) -> AutoGuide:
     new = copy.deepcopy(guide)
     fresh = [m for m in new.modules() if isinstance(m, AutoGuide)]
     for part, other, (model, master) in zip(parts, fresh, known, strict=True):
-        part._model, part.master, other._model = model, master, model
+        part._model, part.master = model, master
+        other._model = (Converted(dtype)(model[0]),)
     return new
 
 

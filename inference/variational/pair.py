@@ -20,6 +20,7 @@ from bayesgen.inference.compiled.products import PlainProducts
 from bayesgen.inference.programs.call import Call
 from bayesgen.inference.programs.complaints import ProgramError, explained
 from bayesgen.inference.programs.flat import starting_in_the_support
+from bayesgen.inference.programs.precision import Converted, in_one_dtype
 from bayesgen.inference.programs.sites import Checked, check_program, quietly
 from bayesgen.inference.variational.noise import Branches, Fed, Read, Tape
 from bayesgen.inference.variational.objectives import OBJECTIVES, Traces, run_both
@@ -151,10 +152,7 @@ class Pair:
     def using(self, flat: Tensor) -> Iterator[None]:
         """Inside, model and guide see the parameters of ``flat``."""
         pieces = self.named(flat)
-        pairs = {
-            id(p.tensor): pieces[p.name].to(p.tensor.dtype).view(p.tensor.shape)
-            for p in self.parameters
-        }
+        pairs = {id(p.tensor): pieces[p.name].view(p.tensor.shape) for p in self.parameters}
         with _context(self.dtype, self.store), _Substitute(pairs):
             yield
 
@@ -224,6 +222,7 @@ def _context(
         # Parameters of every kind of module show up in the one store, which is of this pair alone.
         pyro.settings.context(module_local_params=False),
         pyro.get_param_store().scope(store),
+        Converted(dtype),
     ):
         yield
 
@@ -262,13 +261,14 @@ def meet(
     if isinstance(guide, AutoGuide):
         # By another generator and store: the seed decides where parameters start.
         aside = rng.make_generator(0, generator.device)
-        with _context(dtype, {"params": {}, "constraints": {}}):
+        with _context(dtype, {"params": {}, "constraints": {}}), in_one_dtype(dtype):
             check_program(lambda: model(*args, **kwargs), dtype=dtype, generator=aside)
     with (
         rng.fork(generator),
         _context(dtype, store, validate=True),
         explained(),
         starting_in_the_support(),
+        in_one_dtype(dtype),
     ):
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         replayed = poutine.replay(model, trace=guide_trace)

@@ -16,6 +16,7 @@ from bayesgen.data import Dataset
 from bayesgen.inference.programs.call import Call
 from bayesgen.inference.programs.complaints import ProgramError, explained
 from bayesgen.inference.programs.flat import starting_in_the_support
+from bayesgen.inference.programs.precision import in_one_dtype
 from bayesgen.inference.programs.sites import Checked, quietly
 from bayesgen.inference.programs.start import conjugate_values
 from bayesgen.inference.variational.guides import make_guide
@@ -144,7 +145,7 @@ def make_setup(
     if cut and size is not None:
         tensors = call.rows(torch.arange(size, device=generator.device))
     discrete = _discrete(source, call, tensors, dtype, generator)
-    guide = make_guide(source.guide, source.model, discrete, start)
+    guide = make_guide(source.guide, source.model, discrete, start, dtype)
     pair = meet(
         source.model,
         guide,
@@ -185,7 +186,7 @@ def _discrete(
     args, kwargs = call.arguments(tensors)
     kwargs |= source.extra
     with rng.fork(generator), quietly(dtype, validate=True), explained(), torch.no_grad():
-        with Checked(), starting_in_the_support():
+        with Checked(), in_one_dtype(dtype), starting_in_the_support():
             nodes = poutine.trace(source.model).get_trace(*args, **kwargs).nodes
     return [
         name
