@@ -15,6 +15,7 @@ from bayesgen import rng
 from bayesgen.capabilities import Model, Program
 from bayesgen.inference.checks import check_choice, check_settings
 from bayesgen.inference.compiled.cost import Cost, cost_of
+from bayesgen.inference.programs.complaints import NOTHING_LATENT, ProgramError
 from bayesgen.inference.programs.program import arguments
 from bayesgen.inference.run import Engine, Info, Task
 from bayesgen.inference.variational.blame import culprit
@@ -331,6 +332,8 @@ class SVI(Engine[SVIState]):
     def init(self, task: Task, work: Work) -> SVIState:
         params = work.setup.pair.start()
         if not len(params):
+            if not work.setup.pair.has_latents:
+                raise ProgramError(NOTHING_LATENT)
             raise ValueError(
                 "SVI: the guide has no parameters, so there is nothing to optimise. Use "
                 "pyro.param in it, a module, or one of the autoguides."
@@ -447,12 +450,9 @@ class SVI(Engine[SVIState]):
             _, moving = machine.run(done + k, moving, steps.part(k, k + 1))
         batch = work.setup.feed.batch([index[first] for index in steps.indices], steps.data)
         noise = steps.normals[first], steps.uniforms[first]
-        advice = "Start elsewhere (init_loc_fn of the autoguide), or rescale the data."
-        if done + first:
-            advice = "Lower learning_rate, give max_norm=10.0, or rescale the data."
         return (
             f"SVI: the bound or its gradient stopped being finite at step {done + first + 1}. "
-            f"{culprit(work.setup.pair, moving[0], *noise, batch)} {advice}"
+            f"{culprit(work.setup.pair, moving[0], *noise, batch, is_first=not done + first)}"
         )
 
     # ------------------------------------------------------------ the end

@@ -26,6 +26,7 @@ from bayesgen.prior_replacement import PriorError
 from bayesgen.replay import ProgramError, is_computed, unwrapped
 
 __all__ = [
+    "NOTHING_LATENT",
     "ProgramError",
     "bijection",
     "check_joint_values",
@@ -101,15 +102,18 @@ def check_trace(trace: Any, latents: Mapping[str, Any]) -> tuple[str, ...]:
         if poutine.util.site_is_subsample(node):
             _check_plate(node)
     if not latents:
-        raise ProgramError(
-            "the program has no continuous latent site: every pyro.sample is observed or "
-            "discrete, so there is nothing to sample. Give a parameter a prior, such as "
-            "pyro.sample('loc', Normal(0, 1))."
-        )
+        raise ProgramError(NOTHING_LATENT)
     if not any(n["is_observed"] and not is_computed(n) for n in nodes):
         notes.append("no site is observed (obs=...): the draws come from the prior.")
     notes += [note for note in map(outside_plates, nodes) if note]
     return tuple(notes)
+
+
+NOTHING_LATENT = (
+    "the program has no continuous latent site: every pyro.sample is observed or discrete, so "
+    "there is nothing to sample. Give a parameter a prior, such as pyro.sample('loc', "
+    "Normal(0, 1))."
+)
 
 
 def _parameter(name: str) -> str:

@@ -33,6 +33,7 @@ from bayesgen.replay import is_computed, quietly
 
 __all__ = [
     "RADIUS",
+    "Bounded",
     "Checked",
     "check_program",
     "Flat",
@@ -152,7 +153,7 @@ class Checked(Messenger):
         check_observed(msg)
 
 
-class _Bounded(Messenger):
+class Bounded(Messenger):
     """Stop a sum over discrete latents before it fills the memory."""
 
     def __init__(self, nesting: int) -> None:
@@ -304,7 +305,7 @@ def _rehearse(layout: Layout, raw: dict[str, Tensor]) -> None:
     """Sum out the discrete latents once, so that what prevents it is explained."""
     parts = [raw[site.name].reshape(-1).to(layout.dtype) for site in layout.sites]
     with torch.no_grad(), quietly(layout.dtype), explained():
-        with Flat(layout.sites, torch.cat(parts)), _Bounded(layout.max_plate_nesting):
+        with Flat(layout.sites, torch.cat(parts)), Bounded(layout.max_plate_nesting):
             nodes = poutine.trace(enumerated(layout)).get_trace()
         TraceEinsumEvaluator(nodes, True, layout.max_plate_nesting).log_prob(nodes)
 

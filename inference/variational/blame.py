@@ -16,7 +16,13 @@ __all__ = ["culprit"]
 
 
 def culprit(
-    pair: Pair, params: Tensor, normals: Tensor, uniforms: Tensor, batch: tuple[Tensor, ...]
+    pair: Pair,
+    params: Tensor,
+    normals: Tensor,
+    uniforms: Tensor,
+    batch: tuple[Tensor, ...],
+    *,
+    is_first: bool,
 ) -> str:
     """The first sites, of guide or model, whose log density is not finite, in words.
 
@@ -26,7 +32,11 @@ def culprit(
         normals: Its noise, one row for each particle; without entries, any noise will do.
         uniforms: The same.
         batch: Tensors of the call and indices of the plates.
+        is_first: Whether it was the first step.
     """
+    advice = "Lower learning_rate, give max_norm=10.0, or rescale the data."
+    if is_first:
+        advice = "Start elsewhere (init_loc_fn of the autoguide), or rescale the data."
     is_fed = normals.numel() + uniforms.numel() > 0
     for row, other in zip(normals, uniforms, strict=True):
         with torch.no_grad(), ExitStack() as stack:
@@ -42,8 +52,11 @@ def culprit(
                         continue
                     value = node["fn"].log_prob(node["value"])
                     if not bool(value.isfinite().all()):
-                        return _words(who, name, node["value"])
-    return "Every site's log density is finite there: it is the gradient that is not."
+                        return f"{_words(who, name, node['value'])} {advice}"
+    text = "Every site's log density is finite there: it is the gradient that is not"
+    if is_first:
+        return f"{text}; an operation such as sqrt(0), 0 / 0 or a norm at zero has no derivative."
+    return f"{text}. {advice}"
 
 
 def _words(who: str, name: str, value: Tensor) -> str:

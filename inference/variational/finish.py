@@ -192,4 +192,4 @@ def _kept(end: End, pair: Pair, drawn: Draws, flat: Tensor) -> dict[str, Tensor]
         values = {k: v for k, v in values.items() if k in dims or is_parameter(nodes[k])}
     if values:
         return values
-    return {name: v[None, None] for name, v in pair.named(flat).items()}
+    return {name: v[None, None] for name, v in pair.constrained(flat).items()}

@@ -13,15 +13,16 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
+from torch.distributions import transform_to
 from torch.overrides import TorchFunctionMode
 
 from bayesgen import rng
 from bayesgen.inference.compiled.products import PlainProducts
 from bayesgen.inference.programs.call import Call
-from bayesgen.inference.programs.complaints import ProgramError, explained
+from bayesgen.inference.programs.complaints import ProgramError, check_rows, explained
 from bayesgen.inference.programs.flat import starting_in_the_support
 from bayesgen.inference.programs.precision import Converted, in_one_dtype
-from bayesgen.inference.programs.sites import Checked, check_program, quietly
+from bayesgen.inference.programs.sites import Bounded, Checked, check_program, quietly
 from bayesgen.inference.variational.noise import Branches, Fed, Read, Tape
 from bayesgen.inference.variational.objectives import OBJECTIVES, Traces, run_both
 from bayesgen.priors import same_support
@@ -134,6 +135,11 @@ class Pair:
         """Length of the flat vector."""
         return sum(p.tensor.numel() for p in self.parameters)
 
+    @property
+    def has_latents(self) -> bool:
+        """Whether the guide samples anything."""
+        return any(True for _ in self.traces.guide.stochastic_nodes)
+
     def start(self) -> Tensor:
         """The parameters as they were met, ``(P,)``."""
         if not self.parameters:
@@ -146,6 +152,14 @@ class Pair:
         pieces = flat.split([p.tensor.numel() for p in self.parameters])
         return {
             p.name: v.reshape(p.tensor.shape) for p, v in zip(self.parameters, pieces, strict=True)
+        }
+
+    def constrained(self, flat: Tensor) -> dict[str, Tensor]:
+        """Parameters by name as the program sees them."""
+        laws = self.store["constraints"]
+        return {
+            name: transform_to(laws[name])(value) if name in laws else value
+            for name, value in self.named(flat).items()
         }
 
     @contextmanager
@@ -274,8 +288,11 @@ def meet(
         replayed = poutine.replay(model, trace=guide_trace)
         with Checked():
             model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
-    traces = Traces(model_trace, guide_trace)
-    discrete = _check_match(traces)
+        traces = Traces(model_trace, guide_trace)
+        discrete = _check_match(traces)
+        for node in model_trace.nodes.values() if discrete else ():
+            if node["type"] == "sample":
+                check_rows(node, discrete)
     if objective == "auto":
         objective = "enum" if discrete else "trace"
     elif discrete and objective != "enum":
@@ -289,7 +306,7 @@ def meet(
 
         model = config_enumerate(model, "parallel")
     found = plates(traces)
-    return Pair(
+    pair = Pair(
         model,
         guide,
         call,
@@ -303,6 +320,18 @@ def meet(
         generator.device,
         extra,
     )
+    if objective == "enum":
+        _rehearse(pair, tensors)
+    return pair
+
+
+def _rehearse(pair: Pair, tensors: Sequence[Tensor]) -> None:
+    """Sum out the discrete latents once, so that what prevents it is explained."""
+    aside = rng.fork(rng.make_generator(0, pair.device))
+    with aside, torch.no_grad(), explained(), pair.using(pair.start()):
+        with Bounded(pair.max_plate_nesting):
+            traces = pair.run(tensors, full=True)
+        OBJECTIVES["enum"](traces)
 
 
 def _parameters(store: Mapping[str, Any], owners: Sequence[Any]) -> tuple[Parameter, ...]:

@@ -192,3 +192,14 @@ def test_an_amortised_guide_trains_networks():
     (bias,) = [v for k, v in fit.draws.items() if k.endswith("decode.bias")]
     assert float((bias[0, 0] - 2.0).abs().max()) < 0.6  # a point estimate is one draw
     assert fit.history["elbo"][-1] > fit.history["elbo"][0]
+
+
+def test_without_latents_the_draw_is_the_parameters_as_the_program_sees_them():
+    def model(x):
+        scale = pyro.param("scale", torch.tensor(1.0), constraint=dist.constraints.positive)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(0.0, scale), obs=x)
+
+    x, _ = rows()
+    fit = SVI(learning_rate=0.05, num_steps=2000).run(model, x, seed=0)
+    assert torch.allclose(fit.draws["scale"], x.square().mean().sqrt(), rtol=1e-3)
