@@ -200,6 +200,6 @@ def test_without_latents_the_draw_is_the_parameters_as_the_program_sees_them():
         with pyro.plate("data", len(x)):
             pyro.sample("x", dist.Normal(0.0, scale), obs=x)
 
-    x, _ = rows()
+    _, x = rows()
     fit = SVI(learning_rate=0.05, num_steps=2000).run(model, x, seed=0)
     assert torch.allclose(fit.draws["scale"], x.square().mean().sqrt(), rtol=1e-3)
