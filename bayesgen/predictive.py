@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bayesgen import rng, verbs
 from bayesgen.capabilities import Generative, Model, Pointwise, Program, Simulated, require
-from bayesgen.replay import data_of, log_priors, prior_sites, simulate
+from bayesgen.replay import data_of, draw_prior, log_priors, prior_sites, simulate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -146,20 +146,9 @@ def program_prior(
     device: torch.device | str = "cpu",
 ) -> PriorPredictive:
     """The same of a plain program with its data, called without arguments."""
-    drawn, held = prior_sites(run, dtype=dtype)
-    found = simulate(
-        run,
-        {},
-        (*drawn, *held),
-        num_runs=num_samples,
-        generator=rng.make_generator(seed, device),
-        dtype=dtype,
-    )
-    return PriorPredictive(
-        _one_chain({name: found[name] for name in drawn}),
-        _one_chain({name: found[name] for name in held}),
-        data_of(run, dtype=dtype),
-    )
+    generator = rng.make_generator(seed, device)
+    draws, found = draw_prior(run, num_samples, generator=generator, dtype=dtype)
+    return PriorPredictive(_one_chain(draws), _one_chain(found), data_of(run, dtype=dtype))
 
 
 def _one_chain(values: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -17,15 +17,16 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from bayesgen import rng
+from bayesgen.gaps import Entries, RunsForwards, entries, imputed_name, is_gap
 
 __all__ = [
     "Forwards",
     "ProgramError",
     "data_of",
+    "draw_prior",
     "is_computed",
     "is_data",
     "log_priors",
@@ -80,12 +81,13 @@ def is_data(node: Mapping[str, Any]) -> bool:
         node["type"] == "sample"
         and node["is_observed"]
         and not is_computed(node)
+        and not imputed_name(node)
         and not isinstance(node["fn"], dist.Unit)
         and not poutine.util.site_is_subsample(node)
     )
 
 
-class Forwards(Messenger):
+class Forwards(RunsForwards):
     """Set some sites, and draw all others, the observed ones included unless they are kept."""
 
     def __init__(
@@ -103,7 +105,9 @@ class Forwards(Messenger):
         if poutine.util.site_is_subsample(msg) or msg["done"]:
             return
         if msg["name"] in self.values:
-            msg["value"], msg["done"] = self.values[msg["name"]], True
+            value = self.values[msg["name"]]
+            msg["value"] = _spread(msg, value) if is_gap(msg) else value
+            msg["done"] = True
             return
         if msg["is_observed"]:
             if self.keep_observed or not is_data(msg):
@@ -119,6 +123,13 @@ class Forwards(Messenger):
                 value = value.to(torch.get_default_dtype())
             msg["value"] = value
         msg["done"] = True
+
+
+def _spread(msg: dict[str, Any], value: Tensor) -> Tensor:
+    """Imputed values in their rows; the others are drawn, and nothing depends on them."""
+    whole = _drawn(msg["fn"], msg["name"])
+    missing = entries(msg, msg["fn"].batch_shape)
+    return value if missing is None else missing.into(value, whole, msg["fn"].event_dim)
 
 
 def _expanded(law: Any, value: Any) -> Any:
@@ -221,8 +232,34 @@ def prior_sites(
 
 
 def data_of(run: Run, *, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    """The observed values of a program by site."""
-    return {name: node["value"] for name, node in _once(run, dtype).items() if is_data(node)}
+    """The observed values of a program by site, those left out that a mask makes missing."""
+    nodes = {name: node for name, node in _once(run, dtype).items() if is_data(node)}
+    seen = {name: entries(node) for name, node in nodes.items()}
+    return {name: _kept(node["value"], node, seen[name]) for name, node in nodes.items()}
+
+
+def draw_prior(
+    run: Run, num_samples: int, *, generator: torch.Generator, dtype: torch.dtype = torch.float64
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Draws from the prior ``(num_samples, *shape)`` by site, and a data set for each."""
+    nodes = _once(run, dtype)
+    drawn, held = prior_sites(run, dtype=dtype)
+    seen = {n: entries(nodes[n]) for n in (*drawn, *held) if n in held or is_gap(nodes[n])}
+    found = simulate(
+        run,
+        {},
+        (*drawn, *held),
+        num_runs=num_samples,
+        generator=generator,
+        dtype=dtype,
+        seen=seen,
+    )
+    return {n: found[n] for n in drawn}, {n: found[n] for n in held}
+
+
+def _kept(value: Any, node: Mapping[str, Any], seen: Entries | None) -> Tensor:
+    value = torch.as_tensor(value)
+    return value if seen is None else seen.of(value, node["fn"].event_dim)
 
 
 def _once(run: Run, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
@@ -250,6 +287,7 @@ def simulate(
     generator: torch.Generator,
     dtype: torch.dtype = torch.float64,
     keep_observed: bool = False,
+    seen: Mapping[str, Entries | None] | None = None,
 ) -> dict[str, Tensor]:
     """Run a program ``num_runs`` times, some sites set, all others drawn.
 
@@ -261,6 +299,7 @@ def simulate(
         generator: Of all draws, on the device where to compute.
         dtype: Default dtype while the program runs.
         keep_observed: Whether observed sites keep their data.
+        seen: The entries of sites that are returned; None stands for all.
 
     Returns:
         ``(num_runs, *shape)`` by site.
@@ -274,8 +313,9 @@ def simulate(
             nodes = poutine.trace(run).get_trace().nodes
         if not values:
             _check_prior(nodes)
-        return {name: torch.as_tensor(nodes[name]["value"]).clone() for name in wanted}
+        return {n: _kept(nodes[n]["value"], nodes[n], kept.get(n)).clone() for n in wanted}
 
+    kept = seen or {}
     with rng.fork(generator):
         return _many(one, draws, num_runs, generator.device, dtype)
 
@@ -312,6 +352,8 @@ def log_priors(
         found = {}
         for name, node in nodes.items():
             if node["type"] != "sample" or poutine.util.site_is_subsample(node) or is_data(node):
+                continue
+            if is_gap(node):  # its law is that of the data
                 continue
             if name in values or isinstance(node["fn"], dist.Unit):
                 found[name] = node["fn"].log_prob(node["value"]).sum()

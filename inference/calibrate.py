@@ -24,6 +24,7 @@ from bayesgen.calibration import Ranks, rank_truth
 from bayesgen.capabilities import Generative, Model, Pointwise, Program, Scored, Symmetric, require
 from bayesgen.data import as_dataset
 from bayesgen.fit import Fit
+from bayesgen.gaps import entries
 from bayesgen.inference.programs.program import arguments, bound_program
 from bayesgen.inference.programs.sites import Layout, discover
 from bayesgen.predictive import PriorPredictive, program_prior, sample_prior
@@ -189,7 +190,11 @@ class _Data(Messenger):
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         if msg["name"] not in self.values or not is_data(msg):
             return
-        value = self.values[msg["name"]]
+        value, seen = self.values[msg["name"]], entries(msg)
+        if seen is not None:
+            if self.nesting is not None:
+                raise NotImplementedError("one pattern of missing data for each data set")
+            value = seen.into(value, msg["value"], msg["fn"].event_dim)
         if self.nesting is not None:
             missing = self.nesting - (value.ndim - 1 - msg["fn"].event_dim)
             value = value.reshape(len(value), *[1] * missing, *value.shape[1:])

@@ -10,6 +10,7 @@ import torch
 from pyro.distributions import ImproperUniform, MaskedDistribution
 from torch import Tensor
 
+from bayesgen.gaps import imputed_name
 from bayesgen.inference.programs.complaints import bijection
 from bayesgen.inference.programs.sites import RADIUS, shape_before
 from bayesgen.replay import unwrapped
@@ -42,10 +43,12 @@ def _point(law: Any, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa
 
 def flat_sites(nodes: Mapping[str, Any]) -> list[str]:
     """Latents of a trace whose prior is flat: improper, or masked as a whole."""
+    sites = {name: node for name, node in nodes.items() if node["type"] == "sample"}
+    proper = {imputed_name(node) for node in sites.values()}  # by the density of a second site
     return [
         name
-        for name, node in nodes.items()
-        if node["type"] == "sample" and not node["is_observed"] and _is_flat(node["fn"])
+        for name, node in sites.items()
+        if not node["is_observed"] and name not in proper and _is_flat(node["fn"])
     ]
 
 

@@ -22,6 +22,8 @@ def pointwise(layout: Layout, trace: Any) -> dict[str, Tensor]:
     are
     one row together. A latent outside the rows' plates couples them, and then all are one row.
     """
+    if not layout.observed:
+        return {}
     evaluator = TraceEinsumEvaluator(trace, True, layout.max_plate_nesting)
     with ignore_jit_warnings():
         trace.compute_log_prob()
@@ -40,4 +42,7 @@ def pointwise(layout: Layout, trace: Any) -> dict[str, Tensor]:
     else:
         # Rows of several kinds, or rows coupled by a discrete latent outside their plate.
         total = sum(tensor.sum() for tensors in leaves for tensor in tensors)
+    kept, *others = layout.seen.values()
+    if kept is not None and not others and tuple(total.shape) == kept.batch:
+        total = kept.of(total, 0)
     return {"_".join(layout.observed): total}

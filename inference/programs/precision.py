@@ -10,7 +10,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 __all__ = ["Converted", "in_one_dtype"]
 
@@ -44,12 +44,18 @@ class _Trainable(TorchFunctionMode):
     ) -> Any:
         if _tells_or_writes(func):
             return func(*args, **(kwargs or {}))
-        args, kwargs = tree_map_only(Tensor, self._cast, (args, kwargs or {}))
+        kwargs = kwargs or {}
+        if any(map(self._is_other, tree_leaves((args, kwargs)))):  # a mapped torch.Size is a tuple
+            args, kwargs = tree_map_only(Tensor, self._cast, (args, kwargs))
         return func(*args, **kwargs)
 
+    def _is_other(self, value: Any) -> bool:
+        if not (isinstance(value, Tensor) and value.requires_grad and value.is_leaf):
+            return False
+        return value.is_floating_point() and value.dtype != self.dtype
+
     def _cast(self, value: Tensor) -> Tensor:
-        trainable = value.requires_grad and value.is_leaf and value.is_floating_point()
-        return value.to(self.dtype) if trainable and value.dtype != self.dtype else value
+        return value.to(self.dtype) if self._is_other(value) else value
 
 
 def _tells_or_writes(func: Any) -> bool:

@@ -20,7 +20,7 @@ from bayesgen.capabilities import Model, Pointwise, Simulated, Tensors
 from bayesgen.fingerprint import tensor_bytes
 from bayesgen.inference.programs.trace import Density
 from bayesgen.prior_replacement import Reprior
-from bayesgen.replay import log_priors, simulate
+from bayesgen.replay import draw_prior, log_priors, simulate
 from bayesgen.schema import Schema
 
 __all__ = ["Arguments", "CodeModel", "FunctionModel", "arguments", "labels_of"]
@@ -200,20 +200,12 @@ class CodeModel(Model, Simulated, ABC):
             num_runs=len(next(iter(values.values()))),
             generator=generator,
             dtype=layout.dtype,
+            seen=layout.seen,
         )
 
     def prior(self, num_samples: int, *, generator: torch.Generator) -> tuple[Tensors, Tensors]:
         layout = self.density.layout
-        found = simulate(
-            layout.run,
-            {},
-            (*layout.dims, *layout.observed),
-            num_runs=num_samples,
-            generator=generator,
-            dtype=layout.dtype,
-        )
-        draws = {name: value for name, value in found.items() if name in layout.dims}
-        return draws, {name: found[name] for name in layout.observed}
+        return draw_prior(layout.run, num_samples, generator=generator, dtype=layout.dtype)
 
     def log_prior(self, draws: Tensors) -> Tensors:
         layout = self.density.layout
@@ -274,9 +266,10 @@ class FunctionModel(CodeModel, Pointwise):
             sizes |= dict(zip(self.dims[name], value, strict=True))
         for name, values in layout.observed.items():
             sizes |= dict(zip(layout.observed_dims[name], values.shape, strict=True))
-        return labels_of(
+        found = labels_of(
             self.function, self.arguments, layout.observed, layout.observed_dims, sizes
         )
+        return found | dict(layout.rows)
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:

@@ -70,10 +70,11 @@ def traced_again(
 
 def _is_same(density: Density, layout: Layout, state: Any) -> bool:
     old = density.layout
-    if (old.sites, old.dims, old.observed_dims, old.notes) != (
+    if (old.sites, old.dims, old.observed_dims, old.rows, old.notes) != (
         layout.sites,
         layout.dims,
         layout.observed_dims,
+        layout.rows,
         layout.notes,
     ):
         return False

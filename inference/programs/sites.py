@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import pyro
 import torch
 from pyro import poutine
 from pyro.infer import config_enumerate
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.distributions import transforms
 
 from bayesgen import rng
+from bayesgen.gaps import Entries, entries, imputed_name, imputing
 from bayesgen.inference.programs.complaints import (
     bijection,
     check_joint_values,
@@ -29,7 +29,7 @@ from bayesgen.inference.programs.complaints import (
     check_trace,
     explained,
 )
-from bayesgen.replay import is_computed, quietly
+from bayesgen.replay import is_computed, is_data, quietly
 
 __all__ = [
     "RADIUS",
@@ -45,6 +45,8 @@ __all__ = [
     "enumerated",
     "is_parameter",
     "quietly",
+    "rows_of",
+    "seen_data",
     "shape_before",
 ]
 
@@ -83,6 +85,11 @@ class Layout:
     notes: tuple[str, ...] = ()
     unnamed: frozenset[str] = frozenset()
     """Sites that are no parameters of a model: see :func:`is_parameter`."""
+    seen: Mapping[str, Entries | None] = field(default_factory=dict)
+    """Of an observed site, the entries of its batch that its mask leaves in: the others are no
+    data."""
+    rows: Mapping[str, list[Any]] = field(default_factory=dict)
+    """Labels of dimensions that have some entries alone: see :func:`rows_of`."""
 
     @property
     def num_params(self) -> int:
@@ -236,6 +243,7 @@ def discover(
     Raises:
         ValueError: A program that no gradient-based sampler can run, with what to do about it.
     """
+    run = imputing(run)
     with rng.fork(generator), quietly(dtype, validate=True), explained():
         starter = _Start(generator)
         with torch.no_grad(), starter:
@@ -246,7 +254,7 @@ def discover(
             check_same(trace.nodes, poutine.trace(run).get_trace().nodes)
     sites, start = [], 0
     dims: dict[str, tuple[str, ...]] = {}
-    observed, observed_dims, discrete = {}, {}, {}
+    observed, observed_dims, discrete, seen = {}, {}, {}, {}
     for name, node in trace.nodes.items():
         if node["type"] != "sample" or _is_plate(node):
             continue
@@ -263,8 +271,11 @@ def discover(
             dims[name] = dims_of(node)
         elif is_computed(node):
             dims[name] = dims_of(node)
-        elif not isinstance(node["fn"], pyro.distributions.Unit):
-            observed[name], observed_dims[name] = value, dims_of(node)
+        elif is_data(node):
+            values, names = seen_data(node)
+            if values.numel():
+                seen[name] = entries(node)
+                observed[name], observed_dims[name] = values, names
     frames = [f for n in trace.nodes.values() for f in n.get("cond_indep_stack", ())]
     nesting = max((-f.dim for f in frames if f.vectorized), default=0)
     layout = Layout(
@@ -279,10 +290,38 @@ def discover(
         generator.device,
         notes,
         frozenset(k for k in dims if not is_parameter(trace.nodes[k])),
+        seen,
+        rows_of(trace.nodes),
     )
     if discrete:
         _rehearse(layout, starter.raw)
     return layout
+
+
+def seen_data(node: dict[str, Any]) -> tuple[Tensor, tuple[str, ...]]:
+    """The data of an observed site, those that are masked left out, and their dimensions."""
+    name, value, dims = node["name"], node["value"], dims_of(node)
+    kept = entries(node)
+    if kept is None:
+        return value, dims
+    event_dim = node["fn"].event_dim
+    plates = any(frame.vectorized for frame in node["cond_indep_stack"])
+    rows = f"{name}_row" if plates else f"{name}_dim_0"
+    return kept.of(value, event_dim), (rows, *dims[value.ndim - event_dim :])
+
+
+def rows_of(nodes: Mapping[str, dict[str, Any]]) -> dict[str, list[Any]]:
+    """Where the entries that masks leave in, and the imputed ones, lie in their batch."""
+    found = {}
+    for node in nodes.values():
+        if node["type"] != "sample" or _is_plate(node) or not node["is_observed"]:
+            continue
+        kept, latent = entries(node), imputed_name(node)
+        if latent and kept is not None:
+            found[f"{latent}_dim_0"] = kept.labels()
+        elif is_data(node) and kept is not None:
+            found[seen_data(node)[1][0]] = kept.labels()
+    return found
 
 
 def check_program(

@@ -359,10 +359,12 @@ def _pointwise(layout: Layout, vector: Tensor) -> dict[str, Tensor]:
         nodes = poutine.trace(run).get_trace()
         if layout.enumerated:
             return pointwise(layout, nodes)
-        return {
-            name: nodes.nodes[name]["fn"].log_prob(nodes.nodes[name]["value"])
-            for name in layout.observed
-        }
+        found = {}
+        for name in layout.observed:
+            law, kept = nodes.nodes[name]["fn"], layout.seen[name]
+            value = law.log_prob(nodes.nodes[name]["value"])
+            found[name] = value if kept is None else kept.of(value, 0)
+        return found
 
 
 def _unconstrain(layout: Layout, values: Mapping[str, Tensor]) -> Tensor:

@@ -13,9 +13,10 @@ from pyro.infer import autoguide
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 
+from bayesgen.gaps import imputing
 from bayesgen.inference.programs.precision import Converted
 
-__all__ = ["AUTOGUIDES", "describe", "make_guide"]
+__all__ = ["AUTOGUIDES", "describe", "is_automatic", "make_guide"]
 
 AUTOGUIDES = (
     "AutoNormal",
@@ -92,7 +93,7 @@ def make_guide(
 
 
 def _copied(guide: AutoGuide, dtype: torch.dtype) -> AutoGuide:
-    """A run begins where the instance stands, and leaves it there.
+    """A run begins where the instance stands, and leaves it there; its model is ours to adapt.
 
     Copying makes Pyro's guides forget their model, the original too; both are told again.
     """
@@ -102,8 +103,13 @@ def _copied(guide: AutoGuide, dtype: torch.dtype) -> AutoGuide:
     fresh = [m for m in new.modules() if isinstance(m, AutoGuide)]
     for part, other, (model, master) in zip(parts, fresh, known, strict=True):
         part._model, part.master = model, master
-        other._model = (Converted(dtype)(model[0]),)
+        other._model = (Converted(dtype)(imputing(model[0])),)
     return new
+
+
+def is_automatic(guide: Any) -> bool:
+    """Whether a guide is made from the model."""
+    return isinstance(guide, str | AutoGuide) or _is_class(guide)
 
 
 def _is_class(guide: Any) -> bool:

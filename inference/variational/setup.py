@@ -13,13 +13,14 @@ from torch import Tensor
 from bayesgen import rng
 from bayesgen.capabilities import Conjugate, Guided, Program
 from bayesgen.data import Dataset
+from bayesgen.gaps import imputing
 from bayesgen.inference.programs.call import Call
 from bayesgen.inference.programs.complaints import ProgramError, explained
 from bayesgen.inference.programs.flat import starting_in_the_support
 from bayesgen.inference.programs.precision import in_one_dtype
 from bayesgen.inference.programs.sites import Checked, quietly
 from bayesgen.inference.programs.start import conjugate_values
-from bayesgen.inference.variational.guides import make_guide
+from bayesgen.inference.variational.guides import is_automatic, make_guide
 from bayesgen.inference.variational.minibatch import Order, Stream
 from bayesgen.inference.variational.objectives import Traces
 from bayesgen.inference.variational.pair import Pair, Plate, meet
@@ -144,6 +145,8 @@ def make_setup(
     cut = size is not None and source.stream is None
     if cut and size is not None:
         tensors = call.rows(torch.arange(size, device=generator.device))
+    model = imputing(source.model, latents=is_automatic(source.guide))
+    source = source._replace(model=model)
     discrete = _discrete(source, call, tensors, dtype, generator)
     guide = make_guide(source.guide, source.model, discrete, start, dtype)
     pair = meet(

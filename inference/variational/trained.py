@@ -14,7 +14,7 @@ from torch import Tensor
 from bayesgen import rng
 from bayesgen.capabilities import Pointwise, Tensors
 from bayesgen.inference.programs.program import Arguments, CodeModel, labels_of
-from bayesgen.inference.programs.sites import dims_of
+from bayesgen.inference.programs.sites import dims_of, rows_of, seen_data
 from bayesgen.inference.programs.trace import Density, trace
 from bayesgen.inference.variational.pair import Pair
 from bayesgen.replay import is_data
@@ -72,7 +72,10 @@ class TrainedProgram(CodeModel, Pointwise):
 
     @cached_property
     def dims(self) -> Mapping[str, tuple[str, ...]]:
-        found = {name: dims_of(node) for name, node in self._nodes.items()}
+        found = {
+            name: seen_data(node)[1] if is_data(node) else dims_of(node)
+            for name, node in self._nodes.items()
+        }
         for p in self.pair.parameters:
             found.setdefault(p.name, tuple(f"{p.name}_dim_{k}" for k in range(p.tensor.ndim)))
         return found
@@ -80,8 +83,10 @@ class TrainedProgram(CodeModel, Pointwise):
     def coords(self) -> Mapping[str, list[Any]]:
         sizes: dict[str, int] = {}
         for name, node in self._nodes.items():
-            sizes |= dict(zip(self.dims[name], node["value"].shape, strict=True))
-        return labels_of(self.function, self.arguments, self.observed, self.dims, sizes)
+            value = seen_data(node)[0] if is_data(node) else node["value"]
+            sizes |= dict(zip(self.dims[name], value.shape, strict=True))
+        found = labels_of(self.function, self.arguments, self.observed, self.dims, sizes)
+        return found | rows_of(self._nodes)
 
     # ------------------------------------------------------------ Pointwise
     @cached_property
@@ -119,4 +124,4 @@ class TrainedProgram(CodeModel, Pointwise):
     def observed(self) -> Tensors:
         if self.pair.plates:
             return {}
-        return {name: node["value"] for name, node in self._nodes.items() if is_data(node)}
+        return {k: seen_data(node)[0] for k, node in self._nodes.items() if is_data(node)}
