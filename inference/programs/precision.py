@@ -10,7 +10,6 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 __all__ = ["Converted", "in_one_dtype"]
 
@@ -44,18 +43,16 @@ class _Trainable(TorchFunctionMode):
     ) -> Any:
         if _tells_or_writes(func):
             return func(*args, **(kwargs or {}))
-        kwargs = kwargs or {}
-        if any(map(self._is_other, tree_leaves((args, kwargs)))):  # a mapped torch.Size is a tuple
-            args, kwargs = tree_map_only(Tensor, self._cast, (args, kwargs))
-        return func(*args, **kwargs)
+        args = tuple(self._cast(v) for v in args)
+        return func(*args, **{k: self._cast(v) for k, v in (kwargs or {}).items()})
 
-    def _is_other(self, value: Any) -> bool:
-        if not (isinstance(value, Tensor) and value.requires_grad and value.is_leaf):
-            return False
-        return value.is_floating_point() and value.dtype != self.dtype
-
-    def _cast(self, value: Tensor) -> Tensor:
-        return value.to(self.dtype) if self._is_other(value) else value
+    def _cast(self, value: Any) -> Any:
+        if type(value) in (tuple, list):  # and no torch.Size, which is no tuple to torch
+            return type(value)(self._cast(v) for v in value)
+        if not isinstance(value, Tensor) or not (value.requires_grad and value.is_leaf):
+            return value
+        is_other = value.is_floating_point() and value.dtype != self.dtype
+        return value.to(self.dtype) if is_other else value
 
 
 def _tells_or_writes(func: Any) -> bool:

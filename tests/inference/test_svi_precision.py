@@ -74,6 +74,17 @@ def test_pyros_tutorial(guide, dtype, given):
     assert abs(float(fit.draws["linear.bias"].mean()) - 3) < 0.25
 
 
+def test_samplers_that_take_a_size_apart_are_left_alone():
+    """torch's Cauchy draws by ``new(size)``, which takes a plain tuple for data."""
+
+    def model():
+        scale = pyro.sample("scale", dist.HalfCauchy(5.0))
+        with pyro.plate("data", 8):
+            pyro.sample("x", dist.Normal(0.0, scale), obs=torch.ones(8))
+
+    assert SVI(num_steps=48, num_samples=4).run(model).draws["scale"].shape == (1, 4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_layer_that_is_optimised_goes_along(dtype):
     with fork(make_generator(0)):
