@@ -53,14 +53,23 @@ def quietly(dtype: torch.dtype, *, validate: bool = False) -> Iterator[None]:
     """
     with _LOCK:
         before = torch.get_default_dtype()
-        checks = torch.distributions.Distribution._validate_args
+        law = torch.distributions.Distribution
+        checks, check = law._validate_args, law._validate_sample
         torch.set_default_dtype(dtype)
+        if not validate:
+            # One made outside the program, as those of PyroSample are, checks values for itself.
+            law._validate_sample = _unchecked  # type: ignore[method-assign, assignment]
         try:
             with pyro.get_param_store().scope(), pyro.validation_enabled(validate):
                 yield
         finally:
-            torch.distributions.Distribution.set_default_validate_args(checks)
+            law._validate_sample = check  # type: ignore[method-assign]
+            law.set_default_validate_args(checks)
             torch.set_default_dtype(before)
+
+
+def _unchecked(law: torch.distributions.Distribution, value: Tensor) -> None:
+    """In the place of a check that reads the value."""
 
 
 def is_computed(node: Mapping[str, Any]) -> bool:

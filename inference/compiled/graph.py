@@ -115,9 +115,12 @@ def simplify(graph: fx.GraphModule, *example: Tensor) -> fx.GraphModule:
     """Fold what does not depend on the input, drop operations that change nothing, share equals.
 
     Nothing is reordered, so the result differs from the original by rounding at most: additions of
-    exact zeros and products with exact ones are all that is left out.
+    exact zeros and products with exact ones are all that is left out. Single precision constants
+    of a graph in double precision are widened, so that nothing computed from them is rounded to
+    single precision, as torch does where a scalar in double meets a vector in single precision.
     """
     graph.graph.eliminate_dead_code()
+    _widen(graph, example[0].dtype)
     values = _evaluate(graph, example)
     _fold(graph, values)
     _values_of_max(graph, values)
@@ -133,6 +136,14 @@ def simplify(graph: fx.GraphModule, *example: Tensor) -> fx.GraphModule:
     graph.delete_all_unused_submodules()
     graph.recompile()
     return graph
+
+
+def _widen(graph: fx.GraphModule, dtype: torch.dtype) -> None:
+    """Constants that a program brings in single precision, exactly, in the dtype of the graph."""
+    if dtype == torch.float64:
+        for name, value in list(graph.named_buffers()):
+            if value.dtype == torch.float32:
+                graph.register_buffer(name, value.double())
 
 
 def _evaluate(graph: fx.GraphModule, example: tuple[Tensor, ...]) -> dict[fx.Node, Any]:

@@ -342,9 +342,13 @@ def _invalid(parameter: str, law: str, constraint: str, values: str) -> str:
     )
 
 
+TWO_PRECISIONS = "tensors of float32 and float64 meet"
+"""How a complaint begins where torch refuses to mix them."""
+
+
 def _dtypes() -> str:
     return (
-        "tensors of float32 and float64 meet. Data given to run(program, data) are converted to "
+        f"{TWO_PRECISIONS}. Data given to run(program, data) are converted to "
         "the engine's dtype; tensors that the program finds elsewhere are not. Pass them as data, "
         "convert them (.double()), or run with dtype=torch.float32."
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, final
 
@@ -11,7 +11,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Converted", "in_one_dtype"]
+__all__ = ["Converted", "InOneDtype", "in_one_dtype"]
 
 _NEW_TENSORS = ("T", "mT", "H", "mH")  # attributes that are computed; others tell of the tensor
 
@@ -72,3 +72,15 @@ def in_one_dtype(dtype: torch.dtype) -> Iterator[None]:
     """
     with Converted(dtype), _Trainable(dtype):
         yield
+
+
+@final
+class InOneDtype:
+    """A program of which latents and trainable tensors are used in one precision."""
+
+    def __init__(self, run: Callable[[], Any], dtype: torch.dtype) -> None:
+        self.run, self.dtype = run, dtype
+
+    def __call__(self) -> Any:
+        with in_one_dtype(self.dtype):
+            return self.run()

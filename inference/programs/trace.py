@@ -26,8 +26,14 @@ from bayesgen import rng
 from bayesgen.fingerprint import tensor_bytes
 from bayesgen.inference.compiled.graph import capture, never_raising, simplify
 from bayesgen.inference.compiled.products import PlainProducts
-from bayesgen.inference.programs.complaints import ProgramError, bijection, user_line
+from bayesgen.inference.programs.complaints import (
+    TWO_PRECISIONS,
+    ProgramError,
+    bijection,
+    user_line,
+)
 from bayesgen.inference.programs.marginal import pointwise
+from bayesgen.inference.programs.precision import InOneDtype
 from bayesgen.inference.programs.recover import recover
 from bayesgen.inference.programs.sites import Flat, Given, Layout, discover, enumerated, quietly
 from bayesgen.inference.programs.summed import add_up
@@ -246,7 +252,12 @@ def trace(
         >>> density.constrain(torch.zeros(1, 1))
         {'scale': tensor([1.], dtype=torch.float64)}
     """
-    layout = discover(run, dtype=dtype, generator=generator)
+    try:
+        layout = discover(run, dtype=dtype, generator=generator)
+    except ProgramError as error:
+        if not str(error).startswith(TWO_PRECISIONS):
+            raise
+        layout = discover(InOneDtype(run, dtype), dtype=dtype, generator=generator)
     density = Density(layout, None)
     if not traced:
         return Density(layout, None, "tracing was switched off")
