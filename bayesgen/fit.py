@@ -244,11 +244,27 @@ class Fit:
         For labels these are responsibilities ``(n, K)``, summing to one; components are those of
         :attr:`aligned`, ordered by decreasing weight. Of a factor model they are scores ``(n, q)``
         along the directions of :attr:`aligned`, ordered by decreasing variance.
+
+        Of a program of yours fitted by SVI, the amortised guide's means; ``x`` is what the guide
+        is called with, a tuple for several arguments. A guide of several latents of rows gives
+        them all by ``fit.guide.encode(x)``.
         """
+        if self.guide is not None and not isinstance(self.model, Encoder):
+            return self._encoded(x)
         model = require(self.model, Encoder, "encode")
         return torch.cat(
             [verbs.posterior_mean(model, batch, self._flat_aligned) for batch in self._batches(x)]
         )
+
+    def _encoded(self, x: object) -> Tensor:
+        """By the guide, of the one latent that rows have."""
+        found: dict[str, Tensor] = self.guide.encode(*(x if isinstance(x, tuple) else (x,)))
+        if len(found) != 1:
+            raise ValueError(
+                f"the guide has {len(found)} latents of rows ({', '.join(found)}): take one from "
+                "fit.guide.encode(x), which gives each by its name."
+            )
+        return next(iter(found.values()))
 
     def predict(self, x: object) -> Tensor:
         """Most probable label of each row, ``(n,)`` integers: the component in :attr:`aligned`."""
@@ -521,9 +537,12 @@ class Fit:
     def to(self, device: torch.device | str) -> Fit:
         """The same fit with every tensor on ``device``."""
         where = torch.device(device)
+        model = self.model.to(where)
+        guide = None if self.guide is None else self.guide.moved(model, self.data, where)
         return dataclasses.replace(
             self,
-            model=self.model.to(where),
+            model=model,
+            guide=guide,
             draws=verbs.move(self.draws, where),
             posterior=verbs.move(self.posterior, where),
             sample_stats=verbs.move(self.sample_stats, where),

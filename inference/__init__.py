@@ -13,6 +13,7 @@ __all__ = [
     "ClosedForm",
     "Gibbs",
     "ManyChains",
+    "TrainedGuide",
     "calibrate_engine",
     "prior_predictive",
 ]
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from bayesgen.inference.nuts import NUTS
     from bayesgen.inference.predictive import prior_predictive
     from bayesgen.inference.svi import SVI
+    from bayesgen.inference.variational.trained_guide import TrainedGuide
     from bayesgen.inference.vb import VB
 
 _HOMES = {
@@ -35,6 +37,7 @@ _HOMES = {
     "ManyChains": "bayesgen.inference.many_chains",
     "NUTS": "bayesgen.inference.nuts",
     "SVI": "bayesgen.inference.svi",
+    "TrainedGuide": "bayesgen.inference.variational.trained_guide",
     "VB": "bayesgen.inference.vb",
     "calibrate_engine": "bayesgen.inference.calibrate",
     "prior_predictive": "bayesgen.inference.predictive",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, final
 
@@ -19,6 +19,7 @@ from bayesgen.data import as_dataset
 from bayesgen.inference.programs.complaints import explained
 from bayesgen.inference.programs.program import arguments
 from bayesgen.inference.variational.draws import Draws, sampler, settled
+from bayesgen.inference.variational.guide_density import guide_log_prob
 from bayesgen.inference.variational.guides import AUTOGUIDES
 from bayesgen.inference.variational.minibatch import begin
 from bayesgen.inference.variational.setup import (
@@ -65,13 +66,27 @@ def prepared(model: Any, data: Any, guide: Any, recipe: Recipe, device: torch.de
     """Model, guide and data, met as in the run that the recipe is of."""
     dtype = getattr(torch, recipe.dtype)
     generator = rng.make_generator(0, device)
-    rng.set_state(generator, recipe.generator)
+    _set(generator, recipe)
     same: dict[str, Any] = {"objective": recipe.objective, "dtype": dtype, "generator": generator}
     if isinstance(model, Model):
         return model_setup(model, as_dataset(data), guide, recipe.batch_size, **same)
     call = arguments(model, data, dtype=dtype, device=device)
     source = from_function(model, call.args, call.kwargs, guide, recipe.batch_size)
     return make_setup(source, start=None, **same)
+
+
+def _set(generator: torch.Generator, recipe: Recipe) -> None:
+    """Back to where the run's generator was, unless that was one of another kind of device."""
+    if len(recipe.generator) == len(rng.get_state(generator)):
+        rng.set_state(generator, recipe.generator)
+    elif recipe.guide in _DRAWN:
+        raise ValueError(
+            f"the masks of {recipe.guide} were drawn on another kind of device than "
+            f"{generator.device}, where they would differ: keep the fit there, or run SVI here."
+        )
+
+
+_DRAWN = ("AutoIAFNormal", "FlowGuide")
 
 
 class Batches:
@@ -168,9 +183,31 @@ class TrainedGuide:
             )
         return k_hat(drawn.log_weights)
 
+    def log_prob(self, values: Mapping[str, Tensor]) -> Tensor:
+        """``log q`` at given latents ``values[site] (n, *shape)``, as ``(n,)``, one by one.
+
+        Raises:
+            ValueError: A site that is missing, unknown or of another shape.
+            TypeError: A guide without a density there (a point), or that sees minibatches.
+        """
+        setup = self.setup
+        if setup.pair.plates or setup.stream is not None:
+            raise TypeError(
+                "this guide sees a random part of the rows at every step: it has no one density."
+            )
+        final = settled(setup.pair, self.params, setup.pair.call.tensors)
+        return guide_log_prob(final, self.params, values)
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """What was trained, by name, as the program sees it: of the guide, and of the model."""
+        return self.setup.pair.constrained(self.params)
+
     # ------------------------------------------------------------ new rows
     def encode(self, *data: Any, num_samples: int = 100, seed: int = 0) -> dict[str, Tensor]:
         """Means of the latents of new rows under an amortised guide, ``(n, *shape)`` by site.
+
+        Latents in plates, where the guide has any: others are of no single row.
 
         Args:
             data: What the guide is called with, in place of the training data.
@@ -193,10 +230,15 @@ class TrainedGuide:
                 poutine.trace(pair.guide).get_trace(*call.args, **call.kwargs).nodes
                 for _ in range(num_samples)
             )
-            return {
-                name: _mean(node, [nodes[name]["value"] for nodes in (first, *others)])
+            sites = [
+                name
                 for name, node in first.items()
                 if node["type"] == "sample" and not poutine.util.site_is_subsample(node)
+            ]
+            local = [k for k in sites if any(f.vectorized for f in first[k]["cond_indep_stack"])]
+            return {
+                name: _mean(first[name], [nodes[name]["value"] for nodes in (first, *others)])
+                for name in local or sites
             }
 
     # ------------------------------------------------------------ files
@@ -241,6 +283,16 @@ class TrainedGuide:
     def given(self, model: Any, data: Any, guide: Any = None) -> TrainedGuide:
         """The same parameters with the code and data that a file does not hold."""
         return self.from_config(self.to_config(), model, data, guide)
+
+    def moved(self, model: Any, data: Any, device: torch.device) -> TrainedGuide:
+        """The same parameters on another device, where the model is already.
+
+        Raises:
+            ValueError: On use, a guide that is code: see :meth:`given`.
+        """
+        if device == self.params.device:
+            return self
+        return replace(self, params=self.params.to(device)).given(model, data)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Save into a folder, atomically: safetensors and JSON."""

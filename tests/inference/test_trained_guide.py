@@ -11,8 +11,7 @@ import torch
 from pyro.infer.autoguide import AutoNormal
 
 import bayesgen
-from bayesgen.inference import SVI
-from bayesgen.inference.variational.trained_guide import TrainedGuide
+from bayesgen.inference import SVI, TrainedGuide
 from bayesgen.models import GaussianMixture
 
 __all__: list[str] = []
@@ -118,10 +117,47 @@ def test_an_amortised_guide_encodes_new_rows(tmp_path):
     fit = SVI(guide=Encoder(), **FAST | {"num_steps": 2400}).run(model, rows, seed=0)
     new = torch.tensor([-1.0, 0.5, 3.0], dtype=D64)
     found = fit.guide.encode(new)["z"]
+    assert torch.equal(fit.encode(new), found)
     torch.testing.assert_close(found, new / 2, atol=0.1, rtol=0.0)
     fit.guide.save(tmp_path / "guide")
     again = TrainedGuide.load(tmp_path / "guide", model, rows, Encoder())
     assert torch.equal(again.encode(new)["z"], found)
     auto = SVI(**FAST | {"num_steps": 96}).run(model, rows, seed=0)
     with pytest.raises(TypeError, match="is not amortised"):
-        auto.guide.encode(new)
+        auto.encode(new)
+
+
+@pytest.mark.parametrize(
+    "guide",
+    [
+        *("AutoNormal", "AutoMultivariateNormal", "AutoIAFNormal"),
+        *("AutoLowRankMultivariateNormal", "AutoLaplaceApproximation", wide_guide),
+    ],
+)
+def test_the_density_at_given_values_is_that_of_the_draws(guide):
+    """The importance weights of draws are the joint density of the model over it."""
+    fit = SVI(guide=guide, **FAST | {"num_steps": 1920}).run(program, X, seed=0)
+    drawn = fit.guide.draw(20, seed=3)
+    loc, scale = drawn.values["loc"], drawn.values["scale"]
+    joint = dist.Normal(0.0, 10.0).log_prob(loc) + dist.LogNormal(0.0, 1.0).log_prob(scale)
+    joint = joint + dist.Normal(loc[:, None], scale[:, None]).log_prob(X).sum(-1)
+    found = fit.guide.log_prob(drawn.values)
+    torch.testing.assert_close(found, joint - drawn.log_weights, atol=1e-6, rtol=1e-6)
+
+
+def test_values_that_do_not_fit_are_refused():
+    fit = SVI(**FAST | {"num_steps": 48}).run(program, X, seed=0)
+    with pytest.raises(ValueError, match=r"values are of \['loc'\], but the guide has"):
+        fit.guide.log_prob({"loc": torch.zeros(3)})
+    with pytest.raises(ValueError, match=r"'loc' have shape \(3, 2\), but must have \(n, \)"):
+        fit.guide.log_prob({"loc": torch.zeros(3, 2), "scale": torch.ones(3)})
+    point = SVI("AutoDelta", **FAST | {"num_steps": 48}).run(program, X, seed=0)
+    with pytest.raises(TypeError, match="AutoDelta is a point"):
+        point.guide.log_prob({"loc": torch.zeros(3), "scale": torch.ones(3)})
+
+
+def test_trained_parameters_by_name():
+    fit = SVI(guide=wide_guide, **FAST).run(program, X, seed=0)
+    found = fit.guide.parameters
+    assert set(found) == {"at", "spread", "s"}
+    assert abs(float(found["at"] - fit.draws["loc"].mean())) < 0.5
