@@ -147,7 +147,22 @@ def _pointwise(fit: Fit) -> Tensor:
             )
         rows = value.double().flatten(2)
         by_rows[dims] = by_rows[dims] + rows if dims in by_rows else rows
+    if not by_rows:
+        raise ValueError(_no_rows(model))
     return torch.cat(list(by_rows.values()), -1)
+
+
+def _no_rows(model: Pointwise) -> str:
+    if model.observed:
+        return (
+            "leave-one-out needs the log density of each row, which hangs on local latents that "
+            "are not among the draws: run SVI with local_latents=True."
+        )
+    return (
+        "leave-one-out leaves rows of data out, but the program has none: no site is observed "
+        "(pyro.sample(..., obs=values)), or it takes a random part of its rows by itself. A "
+        "density added by pyro.factor has no rows: write it as the distribution of the data."
+    )
 
 
 def compare(*fits: Fit | Mapping[str, Fit], **more: Fit) -> Comparison:

@@ -73,7 +73,14 @@ def entries(node: Mapping[str, Any], shape: torch.Size | None = None) -> Entries
     if shape is None:
         shape = node["value"].shape[: node["value"].ndim - law.event_dim]
     kept = functools.reduce(operator.and_, map(torch.as_tensor, masks))
-    return None if bool(kept.all()) else _chosen(kept, shape)
+    if bool(kept.all()) or not _fits(kept, shape):
+        return None
+    return _chosen(kept, shape)
+
+
+def _fits(mask: Tensor, shape: torch.Size) -> bool:
+    pairs = zip(reversed(mask.shape), reversed(shape), strict=False)
+    return mask.ndim <= len(shape) and all(own in (1, size) for own, size in pairs)
 
 
 def _chosen(mask: Tensor, shape: torch.Size) -> Entries:
@@ -197,6 +204,8 @@ def _filled(msg: Mapping[str, Any]) -> Any:
     if not isinstance(value, Tensor) or support is None:
         return value
     batch = value.shape[: value.ndim - law.event_dim]
+    if not _fits(mask, batch):
+        return value
     point = value.new_zeros(law.event_shape)
     try:
         bad = ~support.base_constraint.check(value).reshape(batch)

@@ -30,6 +30,8 @@ __all__ = [
     "is_computed",
     "is_data",
     "log_priors",
+    "no_tensor",
+    "plain",
     "prior_sites",
     "quietly",
     "simulate",
@@ -43,6 +45,28 @@ Run = Callable[[], Any]
 
 class ProgramError(ValueError):
     """A program that cannot be run; the message says why and what to do."""
+
+
+def plain(error: BaseException) -> str:
+    """What an error says, without the shapes of the trace that Pyro appends to it."""
+    return str(error).split("\nTrace Shapes")[0].rstrip()
+
+
+def no_tensor(site: str, value: object) -> str:
+    """What to say of an observed value that is no tensor."""
+    return (
+        f"site '{site}': the observed value is a {type(value).__name__}, but must be a tensor. "
+        "Give run(program, data) a tensor or an array, np.asarray(values), or write "
+        "obs=torch.as_tensor(np.asarray(values))."
+    )
+
+
+def _nodes(run: Run) -> dict[str, dict[str, Any]]:
+    """The sites of one run."""
+    try:
+        return dict(poutine.trace(run).get_trace().nodes)
+    except ProgramError as error:
+        raise ProgramError(plain(error)).with_traceback(error.__traceback__) from None
 
 
 @contextmanager
@@ -121,6 +145,8 @@ class Forwards(RunsForwards):
         if msg["is_observed"]:
             if self.keep_observed or not is_data(msg):
                 return
+            if not isinstance(msg["value"], Tensor):
+                raise ProgramError(no_tensor(msg["name"], msg["value"]))
             msg["fn"] = _expanded(msg["fn"], msg["value"])
             msg["is_observed"] = False
         if self.flat_at_zero and _is_flat(msg["fn"]):
@@ -275,7 +301,7 @@ def _once(run: Run, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
     """Sample sites of one run at any values, plates left out."""
     values = Forwards({}, keep_observed=True, flat_at_zero=True)
     with rng.fork(rng.make_generator(0)), quietly(dtype), torch.no_grad(), values:
-        nodes = poutine.trace(run).get_trace().nodes
+        nodes = _nodes(run)
     return {
         name: node
         for name, node in nodes.items()
@@ -319,7 +345,7 @@ def simulate(
 
     def one(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         with Forwards(values, keep_observed=keep_observed):
-            nodes = poutine.trace(run).get_trace().nodes
+            nodes = _nodes(run)
         if not values:
             _check_prior(nodes)
         return {n: _kept(nodes[n]["value"], nodes[n], kept.get(n)).clone() for n in wanted}
@@ -357,7 +383,7 @@ def log_priors(
 
     def one(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         with Forwards(values, keep_observed=True):
-            nodes = poutine.trace(run).get_trace().nodes
+            nodes = _nodes(run)
         found = {}
         for name, node in nodes.items():
             if node["type"] != "sample" or poutine.util.site_is_subsample(node) or is_data(node):

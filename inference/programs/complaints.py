@@ -23,7 +23,7 @@ from torch.distributions import biject_to, constraints
 import bayesgen
 import bayesgen.distributions  # registers bijections that torch lacks
 from bayesgen.prior_replacement import PriorError
-from bayesgen.replay import ProgramError, is_computed, unwrapped
+from bayesgen.replay import ProgramError, is_computed, no_tensor, plain, unwrapped
 
 __all__ = [
     "NOTHING_LATENT",
@@ -31,6 +31,7 @@ __all__ = [
     "bijection",
     "check_joint_values",
     "check_law",
+    "check_mask",
     "check_observed",
     "check_rows",
     "check_same",
@@ -153,10 +154,7 @@ def check_observed(node: Mapping[str, Any]) -> None:
     if not node["is_observed"] or is_computed(node):
         return
     if not isinstance(value, torch.Tensor):
-        raise ProgramError(
-            f"site '{name}': the observed value is a {type(value).__name__}, but must be a "
-            "tensor. Pass it as data to run(program, data), or write obs=torch.as_tensor(value)."
-        )
+        raise ProgramError(no_tensor(name, value))
     if isinstance(law, pyro.distributions.Unit):
         return
     gaps = value.is_floating_point() and bool(value.isnan().any())
@@ -226,7 +224,8 @@ def _plate_mismatch(site: str, plate: str, size: int, what: str, found: int, dim
 
 def check_rows(node: Mapping[str, Any], discrete: Sequence[str]) -> None:
     """Refuse rows outside plates in a program with discrete latents."""
-    outside = outside_plates(node, node["name"] in discrete)
+    kind = "discrete" if node["name"] in discrete else "latent"
+    outside = outside_plates(node, "" if node["is_observed"] else kind)
     if outside:
         raise ProgramError(
             f"{outside} Discrete latents ({', '.join(discrete)}) are summed out row by row, and "
@@ -234,10 +233,11 @@ def check_rows(node: Mapping[str, Any], discrete: Sequence[str]) -> None:
         )
 
 
-def outside_plates(node: Mapping[str, Any], is_discrete: bool = False) -> str:
-    """What to say of rows of an observed or discrete site that no plate holds; else nothing."""
-    observed = node["is_observed"] and not is_computed(node)
-    if not (observed or is_discrete) or poutine.util.site_is_subsample(node):
+def outside_plates(node: Mapping[str, Any], kind: str = "") -> str:
+    """What to say of rows that no plate holds, of an observed site or one of a kind."""
+    if node["is_observed"] and not is_computed(node):
+        kind = "observed"
+    if not kind or poutine.util.site_is_subsample(node):
         return ""
     law, value = node["fn"], node["value"]
     own = value.shape[: value.ndim - law.event_dim]
@@ -246,11 +246,33 @@ def outside_plates(node: Mapping[str, Any], is_discrete: bool = False) -> str:
     loose = [k for k in range(-len(batch), 0) if batch[k] > 1 and k not in held]
     if not loose:
         return ""
-    kind = "observed" if observed else "discrete"
+    name = node["name"]
+    plate = f"{name}_row" if kind == "latent" else "data"
     return (
-        f"{kind} site '{node['name']}' has batch shape {tuple(batch)} outside any plate: write "
-        f"`with pyro.plate('data', {batch[loose[-1]]}):` around it, or .to_event({len(batch)})."
+        f"{kind} site '{name}' has batch shape {tuple(batch)} outside any plate: write "
+        f"`with pyro.plate('{plate}', {batch[loose[-1]]}):` around it, or "
+        f".to_event({len(batch)})."
     )
+
+
+def check_mask(node: Mapping[str, Any]) -> None:
+    """Refuse a mask of more entries than the site has."""
+    mask, law, value = node["mask"], node["fn"], node["value"]
+    if poutine.util.site_is_subsample(node):
+        return
+    if not isinstance(mask, torch.Tensor) or not isinstance(value, torch.Tensor):
+        return
+    batch = np.broadcast_shapes(law.batch_shape, value.shape[: value.ndim - law.event_dim])
+    try:
+        fits = np.broadcast_shapes(mask.shape, batch) == tuple(batch)
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ProgramError(
+            f"site '{node['name']}': the mask has shape {tuple(mask.shape)}, but the site one "
+            f"entry for each of {tuple(batch)}. A mask says which rows count, not which columns: "
+            "make it of that shape, for example mask.all(-1)."
+        )
 
 
 def check_same(first: Iterable[str], second: Iterable[str]) -> None:
@@ -294,16 +316,11 @@ def explained() -> Iterator[None]:
     try:
         yield
     except PriorError as error:
-        raise ProgramError(_plain(error)) from None
+        raise ProgramError(plain(error)) from None
     except ProgramError as error:
-        raise ProgramError(_located(_plain(error), error)) from None
+        raise ProgramError(_located(plain(error), error)) from None
     except Exception as error:  # a user's program may raise anything
         raise ProgramError(_located(_explain(error), error)) from error
-
-
-def _plain(error: BaseException) -> str:
-    """Pyro appends the shapes of the trace to whatever passes through it."""
-    return str(error).split("\nTrace Shapes")[0].rstrip()
 
 
 def _located(text: str, error: BaseException) -> str:
@@ -312,7 +329,7 @@ def _located(text: str, error: BaseException) -> str:
 
 
 def _explain(error: BaseException) -> str:
-    text = _plain(error)
+    text = plain(error)
     for pattern, words in _KNOWN:
         found = re.search(pattern, text, re.DOTALL)
         if found:
@@ -369,6 +386,15 @@ def _branch() -> str:
     )
 
 
+def _unpacked(site: str, allowed: str, shape: str) -> str:
+    return (
+        f"site '{site}' has log densities of shape {shape}, but plates and the discrete latents "
+        f"that are summed out take the dimensions {allowed or '(none)'} alone. Write "
+        ".to_event(...) where the others are parts of one value, or a pyro.plate around the site "
+        "where they are rows."
+    )
+
+
 def _collide(one: str, other: str, dim: str) -> str:
     return (
         f"plates '{other}' and '{one}' are nested and both take dimension {dim}. Leave out dim=, "
@@ -390,6 +416,11 @@ _KNOWN: tuple[tuple[str, Callable[..., str]], ...] = (
         r"Expected parameter (\w+) .*of distribution (\w+)\(.*to satisfy the constraint (.*), but "
         r"found invalid values:\n(.*)",
         _invalid,
+    ),
+    (
+        r"Error while packing tensors at site '([^']*)':.*Allowed dims: ([^\n]*)\n"
+        r"\s*Actual shape: (\([^)]*\))",
+        _unpacked,
     ),
     (r"same dtype|Found dtype|expected scalar type", _dtypes),
     (r"Expected all tensors to be on the same device", _devices),

@@ -22,6 +22,7 @@ from bayesgen.inference.programs.complaints import (
     bijection,
     check_joint_values,
     check_law,
+    check_mask,
     check_observed,
     check_rows,
     check_same,
@@ -145,6 +146,7 @@ class _Start(Messenger):
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
         check_observed(msg)
+        check_mask(msg)
         if self.before and self.before.discrete:
             check_rows(msg, self.before.discrete)
 
@@ -158,6 +160,7 @@ class Checked(Messenger):
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
         check_observed(msg)
+        check_mask(msg)
 
 
 class Bounded(Messenger):

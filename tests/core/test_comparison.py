@@ -139,6 +139,13 @@ def test_incomparable_fits_are_refused(programs, pair):
         leave_one_out(few.run(loose, y, seed=0))
     with pytest.raises(ValueError, match="one row"):
         leave_one_out(few.run(sequence, y, seed=0))
+
+    def nothing():
+        pyro.sample("loc", dist.Normal(0.0, 1.0))
+
+    prior = NUTS(num_samples=60, num_warmup=30, num_chains=2).run(nothing, seed=0)
+    with pytest.raises(ValueError, match="the program has none: no site is observed"):
+        compare(a=prior, b=prior)
     short = {name: value[:, :20] for name, value in pair[0].draws.items()}
     with pytest.raises(ValueError, match="at least 100 draws"):
         leave_one_out(dataclasses.replace(pair[0], draws=short))

@@ -66,6 +66,17 @@ def starts_at_nan(y):
     scale()
 
 
+def mixture(y):
+    loc = pyro.sample("loc", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    with pyro.plate("data", len(y)):
+        label = pyro.sample("label", dist.Categorical(torch.ones(2)))
+        pyro.sample("y", dist.Normal(loc[label], 1.0), obs=y)
+
+
+def has_rows_outside_plates(y):
+    pyro.sample("loc", dist.Normal(pyro.param("a", torch.zeros(2)), 1.0))
+
+
 TABLE = {
     misses_a_site: (
         "the guide has no site for the model's latent 'scale': add pyro.sample('scale', ...) to "
@@ -153,4 +164,15 @@ def test_the_site_that_becomes_nan_later_is_named():
     assert text.endswith(
         " The first culprit is site 'y' of the model: its log density is not finite. Lower "
         "learning_rate, give max_norm=10.0, or rescale the data."
+    )
+
+
+def test_a_latent_without_plate_under_a_guide():
+    """Pyro's words are of packing tensors."""
+    with pytest.raises(ValueError, match="dimensions") as caught:
+        SVI(guide=has_rows_outside_plates, num_steps=48).run(mixture, Y, seed=0)
+    assert str(caught.value) == (
+        "site 'loc' has log densities of shape (2,), but plates and the discrete latents that are "
+        "summed out take the dimensions (none) alone. Write .to_event(...) where the others are "
+        "parts of one value, or a pyro.plate around the site where they are rows."
     )

@@ -11,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.distributions import constraints
 
 from bayesgen.inference import NUTS, SVI, ManyChains
@@ -120,6 +121,19 @@ def label_without_plate():
     observe(dist.Normal(loc() + label, 1.0))
 
 
+def latents_without_plate():
+    loc = pyro.sample("loc", dist.Normal(torch.zeros(2), 1.0))  # HERE
+    with pyro.plate("data", 3):
+        label = pyro.sample("label", dist.Categorical(torch.ones(2)))
+        pyro.sample("y", dist.Normal(loc[label], 1.0), obs=Y)
+
+
+def a_mask_of_another_shape():
+    mean = loc()
+    with pyro.plate("data", 3), poutine.mask(mask=torch.ones(3, 2, dtype=torch.bool)):
+        pyro.sample("y", dist.Normal(mean, 1.0), obs=Y)  # HERE
+
+
 def data_without_plate():
     label = pyro.sample("label", dist.Bernoulli(0.5))
     pyro.sample("y", dist.Normal(loc() + label, 1.0), obs=Y)  # HERE
@@ -148,6 +162,10 @@ def shapes_that_differ():
 
 def numpy_data():
     pyro.sample("y", dist.Normal(loc(), 1.0), obs=np.array(1.0))  # HERE
+
+
+def a_list_of_data():
+    pyro.sample("y", dist.Normal(loc(), 1.0), obs=[1.0, 2.0])  # HERE
 
 
 def data_of_another_dtype():
@@ -277,6 +295,16 @@ TABLE = {
         "pyro.plate('data', 3):` around it, or .to_event(1). Discrete latents (label) are "
         "summed out row by row, and plates say what a row is."
     ),
+    latents_without_plate: (
+        "latent site 'loc' has batch shape (2,) outside any plate: write `with "
+        "pyro.plate('loc_row', 2):` around it, or .to_event(1). Discrete latents (label) are "
+        "summed out row by row, and plates say what a row is."
+    ),
+    a_mask_of_another_shape: (
+        "site 'y': the mask has shape (3, 2), but the site one entry for each of (3,). A mask "
+        "says which rows count, not which columns: make it of that shape, for example "
+        "mask.all(-1)."
+    ),
     data_without_plate: (
         "observed site 'y' has batch shape (3,) outside any plate: write `with "
         "pyro.plate('data', 3):` around it, or .to_event(1). Discrete latents (label) are "
@@ -301,8 +329,14 @@ TABLE = {
         "equal: each observed value needs its own parameters, or shares those of size 1."
     ),
     numpy_data: (
-        "site 'y': the observed value is a ndarray, but must be a tensor. Pass it as data to "
-        "run(program, data), or write obs=torch.as_tensor(value)."
+        "site 'y': the observed value is a ndarray, but must be a tensor. Give run(program, "
+        "data) a tensor or an array, np.asarray(values), or write "
+        "obs=torch.as_tensor(np.asarray(values))."
+    ),
+    a_list_of_data: (
+        "site 'y': the observed value is a list, but must be a tensor. Give run(program, data) "
+        "a tensor or an array, np.asarray(values), or write "
+        "obs=torch.as_tensor(np.asarray(values))."
     ),
     data_of_another_dtype: (
         "tensors of float32 and float64 meet. Data given to run(program, data) are converted "

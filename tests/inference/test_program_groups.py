@@ -158,8 +158,12 @@ def test_priors_that_have_no_draws_are_refused(schools):
         loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
         pyro.factor("push", loc)
 
-    with pytest.raises(ValueError, match=r"site 'loc' has a flat prior"):
-        sample_prior(ENGINE.run(flat, torch.tensor(1.0), seed=0).model, None)
+    with pytest.raises(ValueError, match=r"site 'loc' has a flat prior") as caught:
+        ENGINE.run(flat, torch.tensor(1.0), seed=0).prior_predictive()
+    assert str(caught.value) == (
+        "site 'loc' has a flat prior (ImproperUniform), which cannot be drawn from. Give a proper "
+        "one: with_priors(program, {'loc': ...})."
+    )
     with pytest.raises(ValueError, match="factor 'push' weighs"):
         simulate(weighed, {}, ["loc"], num_runs=2, generator=rng.make_generator(0))
     with pytest.raises(ValueError, match="lack the site 'loc'"):
