@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bayesgen.arviz_groups import convert, summarise
+from bayesgen.lone_chains import lone_chains
 from bayesgen.nested import nested_r_hat
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Finding:
     """One thing that speaks against a posterior."""
 
     code: str
-    """Such as ``r_hat``, ``ess``, ``divergences``, ``e_bfmi``, ``k_hat``, ``labels``."""
+    """``r_hat``, ``apart``, ``ess``, ``divergences``, ``e_bfmi``, ``k_hat`` or ``labels``, say."""
     message: str
     """What was found, with its number."""
     advice: str
@@ -95,6 +96,8 @@ def judge(fit: Fit) -> Verdict:
     * draws of Markov chains: :math:`\hat R \le 1.01` (rank-normalised, split) and bulk and tail
       effective sample sizes of at least 400, for every entry of the aligned draws and of the
       invariant quantities; empty components are exchangeable and are left out;
+    * of eight chains or more, none that sits apart from the others
+      (:mod:`bayesgen.lone_chains`);
     * no divergent trajectory, and an energy fraction E-BFMI of at least 0.3 in every chain;
     * draws of an approximation: Pareto :math:`\hat k \le 0.7` where the engine gave one.
 
@@ -145,6 +148,7 @@ def _mixing(fit: Fit, passed: list[str]) -> Iterator[Finding]:
         return
     table = _table(fit)
     yield from _r_hat(fit, table["r_hat"].dropna(), passed)
+    yield from _apart(fit)
     smallest = table[["ess_bulk", "ess_tail"]].min(axis=1).dropna()
     if not len(smallest):
         return
@@ -188,6 +192,41 @@ def _r_hat(fit: Fit, r_hat: pd.Series[float], passed: list[str]) -> Iterator[Fin
         "Run longer, with more warm-up; if it stays, look at plots.trace(fit): chains in "
         "different modes need another parametrisation, a tighter prior or a better start"
         f"{other}.",
+    )
+
+
+def _apart(fit: Fit) -> Iterator[Finding]:
+    """Few chains in a mode of their own, too few among many to raise R-hat."""
+    chains: set[int] = set()
+    farthest, where = 0.0, ""
+    for name, value in {**fit.invariants, **fit.aligned.draws}.items():
+        readable = fit.summary().is_readable(name, value)
+        entries = np.flatnonzero(readable)
+        if not len(entries) or value.shape[1] < MIN_DRAWS:
+            continue
+        found = lone_chains(value.reshape(*value.shape[:2], -1)[..., entries])
+        if found is None:
+            continue
+        chains |= set(found.chains)
+        if found.distance > farthest:
+            index = (
+                np.unravel_index(entries[found.entry], value.shape[2:]) if value.ndim > 2 else ()
+            )
+            farthest, where = (
+                found.distance,
+                name + (str([int(i) for i in index]) if index else ""),
+            )
+    if not chains:
+        return
+    some = ", ".join(str(c) for c in sorted(chains)[:5]) + (", ..." if len(chains) > 5 else "")
+    one = len(chains) == 1
+    yield Finding(
+        "apart",
+        f"{len(chains)} of {fit.num_chains} chains ({some}) {'sits' if one else 'sit'} apart from "
+        f"the others, in {where} by {farthest:.1f} standard deviations: they count as if their "
+        f"place held {len(chains) / fit.num_chains:.2g} of the posterior, which nothing shows.",
+        "Give more warm-up or start='pathfinder', and see whether they join the others; a mode "
+        "that stays has a weight which no count of chains can tell.",
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bayesgen import rng
+from bayesgen.lone_chains import lone_chains
 from bayesgen.toys import UnitMixture, pretend
 from bayesgen.verdict import Finding, Verdict
 
@@ -71,6 +72,29 @@ def far(fit):
     single = {name: value[:1] for name, value in fit.draws.items()}
     attrs = {**fit.attrs, "k_hat": 0.93}
     return dataclasses.replace(fit, draws=single, sample_stats={}, attrs=attrs)
+
+
+def test_a_few_chains_among_many_in_a_mode_of_their_own_fail_the_fit():
+    """R-hat alone lets them pass, though the mean is off by many Monte Carlo errors."""
+    x = rng.standard_normal((60, 1), rng.make_generator(0))
+    many = pretend(UnitMixture(1), x, num_chains=256, num_draws=200)
+    many = dataclasses.replace(many, attrs={**many.attrs, "num_superchains": 64})
+    assert many.verdict()
+    loc = many.draws["loc"].clone()
+    loc[[3, 77]] += 8.0 * loc.std()
+    lost = dataclasses.replace(many, draws={**many.draws, "loc": loc})
+    assert "r_hat" not in codes(lost)
+    assert codes(lost) == ["apart"]
+    assert "2 of 256 chains (3, 77) sit apart" in str(lost.verdict())
+
+
+def test_chains_that_all_mix_slowly_or_have_heavy_tails_are_not_apart():
+    steps = rng.standard_normal((64, 400, 3), rng.make_generator(1))
+    assert lone_chains(steps.cumsum(1)) is None
+    tails = steps[..., :1] / rng.standard_normal((64, 400, 40), rng.make_generator(2))
+    assert lone_chains(tails) is None
+    assert lone_chains(torch.zeros(64, 20, 2)) is None
+    assert lone_chains(steps[:4] + 100 * torch.arange(4)[:, None, None]) is None  # R-hat's task
 
 
 @pytest.mark.parametrize(
