@@ -160,7 +160,7 @@ def _mixing(fit: Fit, passed: list[str]) -> Iterator[Finding]:
     draws = math.ceil(fit.num_draws * _ESS / max(low, 1.0) / 100) * 100
     yield Finding(
         "ess",
-        f"the effective sample size is only {low:.0f} for {smallest.idxmin()}, "
+        f"the effective sample size is only {_beyond(low, _ESS)} for {smallest.idxmin()}, "
         f"and below {_ESS:.0f} for {_entries(count)}.",
         f"Draw more: about num_samples={draws:,} would do, if chains have found the posterior; "
         "or reparametrise, so that they move faster.",
@@ -187,7 +187,7 @@ def _r_hat(fit: Fit, r_hat: pd.Series[float], passed: list[str]) -> Iterator[Fin
     other = ", such as NUTS(start='pathfinder')" if "diverging" in fit.sample_stats else ""
     yield Finding(
         "r_hat",
-        f"{name} is {worst:.3g} for {r_hat.idxmax()}, and above {_R_HAT} for "
+        f"{name} is {_beyond(worst, _R_HAT)} for {r_hat.idxmax()}, and above {_R_HAT} for "
         f"{_entries(int((r_hat > _R_HAT).sum()))}: chains have not found the same posterior.",
         "Run longer, with more warm-up; if it stays, look at plots.trace(fit): chains in "
         "different modes need another parametrisation, a tighter prior or a better start"
@@ -228,6 +228,14 @@ def _apart(fit: Fit) -> Iterator[Finding]:
         "Give more warm-up or start='pathfinder', and see whether they join the others; a mode "
         "that stays has a weight which no count of chains can tell.",
     )
+
+
+def _beyond(value: float, limit: float) -> str:
+    """A number with as many digits as show on which side of the limit it is."""
+    for digits in range(3, 16):
+        if float(text := f"{value:.{digits}g}") != limit:
+            break
+    return text
 
 
 def _entries(count: int) -> str:
@@ -285,8 +293,8 @@ def _hamiltonian(fit: Fit, passed: list[str]) -> Iterator[Finding]:
         if lowest < _E_BFMI:
             yield Finding(
                 "e_bfmi",
-                f"E-BFMI is {lowest:.2g}, below {_E_BFMI}: momenta are too weak to cross the "
-                "posterior's energies, and its tails are explored slowly.",
+                f"E-BFMI is {_beyond(lowest, _E_BFMI)}, below {_E_BFMI}: momenta are too weak to "
+                "cross the posterior's energies, and its tails are explored slowly.",
                 "Reparametrise heavy tails and funnels (non-centred, a log scale), or run longer.",
             )
         else:
@@ -317,8 +325,8 @@ def _approximation(fit: Fit, passed: list[str]) -> Iterator[Finding]:
     if k_hat > _K_HAT or math.isnan(k_hat):
         yield Finding(
             "k_hat",
-            f"Pareto k-hat is {k_hat:.2f}, above {_K_HAT}: the approximation is far from the "
-            "posterior, and means and intervals may be wrong.",
+            f"Pareto k-hat is {_beyond(k_hat, _K_HAT)}, above {_K_HAT}: the approximation is far "
+            "from the posterior, and means and intervals may be wrong.",
             "Use a richer guide (AutoMultivariateNormal, a normalising flow), reparametrise, or "
             "sample with NUTS.",
         )

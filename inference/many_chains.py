@@ -461,7 +461,7 @@ class ManyChains(TracedEngine[ManyState]):
         messages = self.notes_of(work.density, statistics["lp"].numel())
         if state.num_restarted:
             messages.append(
-                f"{state.num_restarted} times in warm-up a chain stood far below all others, or "
+                f"{_times(state.num_restarted)} in warm-up a chain stood far below all others, or "
                 "where the density is much narrower, and was sent to where another one was: the "
                 "starting points were poor, or there is a mode that these chains cannot sample."
             )
@@ -477,3 +477,7 @@ class ManyChains(TracedEngine[ManyState]):
 def _metropolis(delta: Tensor, log_uniform: Tensor) -> Tensor:
     """Whether to accept, for energies that fell by ``delta``."""
     return log_uniform < delta
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count:,} times"

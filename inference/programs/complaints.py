@@ -438,6 +438,14 @@ def user_line(error: BaseException) -> str:
     return found
 
 
+def cause(error: BaseException) -> str:
+    """Kind and first line of an error, and the user's line where it arose."""
+    text = str(error).strip().splitlines()[0][:200].rstrip(".") if str(error).strip() else ""
+    line = user_line(error)
+    kind = type(error).__name__
+    return (f"{kind}: {text}" if text else kind) + (f" (at {line})" if line else "")
+
+
 def current_line() -> str:
     """The same of the code that runs now; empty where none of it is the user's."""
     frame: FrameType | None = sys._getframe(1)

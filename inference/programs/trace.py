@@ -30,7 +30,7 @@ from bayesgen.inference.programs.complaints import (
     TWO_PRECISIONS,
     ProgramError,
     bijection,
-    user_line,
+    cause,
 )
 from bayesgen.inference.programs.marginal import pointwise
 from bayesgen.inference.programs.precision import InOneDtype
@@ -307,12 +307,9 @@ def _is_random(graph: fx.GraphModule) -> bool:
 
 
 def _why(error: Exception) -> str:
-    line = user_line(error)
-    text = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
-    at = f" at {line}" if line else ""
     return (
-        f"the program could not be traced and runs by Pyro's own Python, many times slower: "
-        f"{type(error).__name__}{at}. {text}"
+        "the program could not be traced and runs by Pyro's own Python, many times slower: "
+        + cause(error)
     )
 
 

@@ -86,6 +86,11 @@ class TracedEngine(Engine[S], ABC):
             density.fingerprint(),
         )
 
+    def news(self, work: Any) -> list[str]:
+        """Why a program runs by Pyro's own Python: no news to wait for until the end."""
+        message = work.density.message
+        return [message] if self._traced and message else []
+
     def density_of(self, task: Task) -> Density:
         """The traced density of a task: a function's own, or that of the model's program."""
         if isinstance(task.model, FunctionModel):

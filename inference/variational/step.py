@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from bayesgen import rng
 from bayesgen.fingerprint import tensor_bytes
 from bayesgen.inference.compiled.graph import capture, simplify
-from bayesgen.inference.programs.complaints import ProgramError, explained, user_line
+from bayesgen.inference.programs.complaints import ProgramError, cause, explained
 from bayesgen.inference.programs.sites import quietly
 from bayesgen.inference.programs.summed import is_summed
 from bayesgen.inference.variational.noise import (
@@ -210,10 +210,7 @@ def _check(
 def _why(error: Exception) -> str:
     if isinstance(error, _Branched):
         return f"{SLOWLY}: {error}"
-    line = user_line(error)
-    text = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
-    at = f" at {line}" if line else ""
-    return f"{SLOWLY}: {type(error).__name__}{at}. {text}"
+    return f"{SLOWLY}: {cause(error)}"
 
 
 SLOWLY = "model and guide could not be traced and run by Pyro's own Python, many times slower"

@@ -483,7 +483,8 @@ def test_hidden_randomness_is_noted_and_runs():
         noise = torch.randn(())
         pyro.sample("y", dist.Normal(loc() + noise, 1.0), obs=Y[0])
 
-    fit = NUTS(**RUN).run(program)
+    with pytest.warns(UserWarning, match="Make every random number"):
+        fit = NUTS(**RUN).run(program)
     assert any("draws random numbers of its own" in m for m in fit.attrs["messages"])
 
 
