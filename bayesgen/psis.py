@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["k_hat", "smooth"]
+__all__ = ["k_hat", "smooth", "weight_efficiency"]
 
 _MIN_TAIL = 5
 
@@ -41,6 +41,25 @@ def k_hat(log_weights: Tensor) -> float:
         True
     """
     return float(smooth(log_weights.flatten())[1])
+
+
+def weight_efficiency(log_weights: Tensor) -> float:
+    r"""Effective share of weighted draws, :math:`(\sum w)^2 / (S \sum w^2)`: one if all are equal.
+
+    References:
+        Kong (1992). A note on importance sampling using standardized weights.
+
+    Args:
+        log_weights: ``(num_draws,)``, up to a constant, in nats.
+
+    Example:
+        >>> round(weight_efficiency(torch.zeros(100)), 9)
+        1.0
+        >>> round(weight_efficiency(torch.tensor([0.0, -1e3])), 9)
+        0.5
+    """
+    flat = log_weights.detach().double().flatten()
+    return float((2 * flat.logsumexp(0) - (2 * flat).logsumexp(0)).exp() / len(flat))
 
 
 def smooth(log_weights: Tensor, *, efficiency: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ import numpy as np
 from bayesgen.arviz_groups import convert, summarise
 from bayesgen.lone_chains import lone_chains
 from bayesgen.nested import nested_r_hat
+from bayesgen.psis import weight_efficiency
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,6 +27,7 @@ _R_HAT = 1.01
 _ESS = 400.0
 _E_BFMI = 0.3
 _K_HAT = 0.7
+_NEARLY_ALL = 0.95  # of the draws, by their weights: the approximation's body is right
 _SAMPLED = 200  # entries judged of sites that are too large for the table
 _FEW = 20
 _MIN_ENERGIES = 50  # draws of all chains, for an E-BFMI worth reading
@@ -322,16 +324,22 @@ def _approximation(fit: Fit, passed: list[str]) -> Iterator[Finding]:
                 is_fatal=False,
             )
         return
+    weights = fit.sample_stats.get("log_weight")
+    share = math.nan if weights is None else weight_efficiency(weights)
+    said = "" if math.isnan(share) else f" (the weights make the draws worth {share:.0%} of them)"
     if k_hat > _K_HAT or math.isnan(k_hat):
+        wrong = "the approximation is far from the posterior, and means and intervals may be wrong"
+        if share > _NEARLY_ALL:
+            wrong = "means and intervals are near the posterior's, but its tails reach beyond the "
+            wrong += "draws, and what hangs on rare events may be wrong"
         yield Finding(
             "k_hat",
-            f"Pareto k-hat is {_beyond(k_hat, _K_HAT)}, above {_K_HAT}: the approximation is far "
-            "from the posterior, and means and intervals may be wrong.",
+            f"Pareto k-hat is {_beyond(k_hat, _K_HAT)}, above {_K_HAT}{said}: {wrong}.",
             "Use a richer guide (AutoMultivariateNormal, a normalising flow), reparametrise, or "
             "sample with NUTS.",
         )
     else:
-        passed.append(f"Pareto k-hat {k_hat:.2f}")
+        passed.append(f"Pareto k-hat {k_hat:.2f}{said}")
 
 
 def _labels(fit: Fit) -> Iterator[Finding]:

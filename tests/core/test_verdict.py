@@ -88,6 +88,17 @@ def test_a_few_chains_among_many_in_a_mode_of_their_own_fail_the_fit():
     assert "2 of 256 chains (3, 77) sit apart" in str(lost.verdict())
 
 
+@pytest.mark.parametrize(
+    ("spread", "words"), [(0.05, "worth 100% of them): means and"), (3.0, "is far from")]
+)
+def test_k_hat_is_read_beside_the_worth_of_the_weights(fit, spread, words):
+    """A heavy tail of nearly equal weights is no reason to distrust the means."""
+    weights = spread * rng.standard_normal((1, 300), rng.make_generator(4))
+    bad = dataclasses.replace(far(fit), sample_stats={"log_weight": weights})
+    assert codes(bad) == ["k_hat"]
+    assert words in str(bad.verdict())
+
+
 def test_chains_that_all_mix_slowly_or_have_heavy_tails_are_not_apart():
     steps = rng.standard_normal((64, 400, 3), rng.make_generator(1))
     assert lone_chains(steps.cumsum(1)) is None
