@@ -72,8 +72,9 @@ def sensitivity(
     Args:
         fit: A fit with draws, of a plain program or of a model with a Pyro program.
         sites: Sites whose priors are scaled. By default those that depend on no other site, or
-            only on sites of the same plates: of a hierarchical model the top. Name them where a
-            model is written non-centred, whose ``raw`` depends on nothing either.
+            only on sites of the same plates: of a hierarchical model the top. Of a non-centred
+            model, noise with a value for each row of data is left out; other noise cannot be told
+            from coefficients, and ``warnings`` names it.
         alpha: Power, above 1; its inverse is used as well.
 
     Raises:
@@ -93,7 +94,7 @@ def sensitivity(
     if fit.num_chains * fit.num_draws < 100:
         raise ValueError("power-scaling reweights draws, and needs at least 100 of them.")
     priors = log_prior(fit)
-    chosen = _top(fit, priors) if sites is None else tuple(sites)
+    chosen, said = _top(fit, priors) if sites is None else (tuple(sites), [])
     unknown = [name for name in chosen if name not in priors]
     if unknown:
         raise ValueError(f"there is no latent site {unknown[0]!r}; known are {', '.join(priors)}.")
@@ -117,12 +118,12 @@ def sensitivity(
     table["diagnosis"] = [
         _diagnosis(p, y) for p, y in zip(table["prior"], table["likelihood"], strict=True)
     ]
-    warnings = tuple(
+    said += [
         f"k-hat of the {which} weights is {k:.2f}, above {_K_HAT}: use an alpha nearer to 1."
         for which, k in shapes.items()
         if k > _K_HAT
-    )
-    return Sensitivity(table, chosen, shapes, warnings)
+    ]
+    return Sensitivity(table, chosen, shapes, tuple(said))
 
 
 def _diagnosis(prior: float, likelihood: float) -> str:
@@ -133,20 +134,48 @@ def _diagnosis(prior: float, likelihood: float) -> str:
     return "prior-data conflict possible"
 
 
-def _top(fit: Fit, priors: Mapping[str, Tensor]) -> tuple[str, ...]:
+def _top(fit: Fit, priors: Mapping[str, Tensor]) -> tuple[tuple[str, ...], list[str]]:
+    """Sites at the top of the hierarchy, and what to know of the choice.
+
+    The noise of a non-centred model depends on nothing either, but is no prior of anybody's: what
+    has a value for each row of observed data is left out, and standard normals are named.
+    """
     graph = fit.graph()
-    plates = {site.name: site.plates for site in graph.nodes}
-    kinds = {site.name: site.kind for site in graph.nodes}
-    above: dict[str, set[str]] = {site.name: set() for site in graph.nodes}
-    for site in graph.nodes:  # parents come first
+    nodes = {site.name: site for site in graph.nodes}
+    above: dict[str, set[str]] = {name: set() for name in nodes}
+    rows: dict[str, set[str]] = {name: set() for name in nodes}  # plates of data that depend on it
+    for name, site in nodes.items():  # parents come first
         for a, b in graph.edges:
-            if b == site.name:
-                above[b] |= above[a] | ({a} if kinds[a] == "latent" else set())
-    return tuple(
+            if b == name:
+                above[b] |= above[a] | ({a} if nodes[a].kind == "latent" else set())
+        if site.kind == "observed":
+            for latent in above[name]:
+                rows[latent] |= set(site.plates)
+    top = [
         name
         for name in priors
-        if kinds[name] == "latent" and all(plates[a] == plates[name] for a in above[name])
-    )
+        if nodes[name].kind == "latent"
+        and all(nodes[a].plates == nodes[name].plates for a in above[name])
+    ]
+    chosen = [name for name in top if not rows[name] & set(nodes[name].plates)] or top
+    said = []
+    if left := [name for name in top if name not in chosen]:
+        said.append(
+            f"{_listed(left)} left out: a value for each row of data. Name them in sites=[...] to "
+            "scale their priors too."
+        )
+    noise = [n for n in chosen if nodes[n].plates and nodes[n].law == "Normal(0, 1)"]
+    if noise and len(noise) < len(chosen):
+        kept = [name for name in chosen if name not in noise]
+        said.append(
+            f"{_listed(noise)} among the priors that are scaled: standard normal in a plate. If "
+            f"this is the noise of a non-centred model, give sites={kept}."
+        )
+    return tuple(chosen), said
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(map(repr, names))} {'is' if len(names) == 1 else 'are'}"
 
 
 def _total_likelihood(fit: Fit) -> Tensor:

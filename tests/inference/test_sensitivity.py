@@ -126,10 +126,29 @@ def test_the_top_of_a_hierarchical_model_is_scaled():
     assert "theta[3]" in found.table.index
     data = {"J": 4, "y": y, "sigma": torch.full((4,), 10.0).double()}
     schools = few.run(eight_schools, data, seed=0)
-    chosen = schools.sensitivity(sites=("mu", "tau"))
+    chosen = sensitivity(schools)  # non-centred: its noise is nobody's prior
     assert chosen.sites == ("mu", "tau")
+    assert "'raw' is left out" in str(chosen)
+    assert schools.sensitivity(sites=["raw"]).sites == ("raw",)
     with pytest.raises(ValueError, match="no latent site 'sigma'; known are mu, tau, raw"):
         sensitivity(schools, sites=["sigma"])
+
+
+def test_noise_of_groups_is_named_and_coefficients_stay():
+    """By its graph alone, a non-centred effect of groups looks like coefficients."""
+    group = torch.arange(12) % 3
+    y = torch.linspace(-1.0, 1.0, 12, dtype=torch.float64)
+
+    def grouped(y):
+        spread = pyro.sample("spread", dist.HalfNormal(1.0))
+        with pyro.plate("group", 3):
+            raw = pyro.sample("raw", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal((spread * raw)[group], 1.0), obs=y)
+
+    found = sensitivity(NUTS(num_samples=100, num_warmup=50, num_chains=1).run(grouped, y, seed=0))
+    assert set(found.sites) == {"spread", "raw"}
+    assert "give sites=['spread']" in str(found)
 
 
 def test_models_of_ours():
