@@ -76,11 +76,20 @@ def check_site(msg: Mapping[str, Any]) -> None:
         )
 
 
+_CIRCLE = constraints.interval(-math.pi, math.pi)
+
+
 def bijection(law: Any, name: str = "") -> Any:
-    """The map from all real numbers onto the support of a distribution."""
+    """The map from all real numbers onto the support of a distribution.
+
+    Of an angle once around: Pyro calls all real numbers its support, over which no density of
+    angles can be normalised, and chains would end at different copies of one angle.
+    """
     support = law.support
     if isinstance(support, constraints.MixtureSameFamilyConstraint):
         support = support.base_constraint
+    if isinstance(unwrapped(law), torch.distributions.VonMises):
+        support = constraints.independent(_CIRCLE, law.event_dim)
     try:
         return biject_to(support)
     except NotImplementedError:

@@ -16,9 +16,10 @@ from pyro.infer.autoguide import (
 )
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
+from torch.distributions import biject_to
 
 from bayesgen import rng
-from bayesgen.inference.programs.complaints import bijection, explained
+from bayesgen.inference.programs.complaints import explained
 from bayesgen.inference.variational.pair import Pair
 
 __all__ = ["guide_log_prob"]
@@ -79,7 +80,7 @@ def _auxiliary(guide: Any, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if isinstance(guide, AutoNormal | AutoContinuous):
         inner = {}
         for name, node in guide.prototype_trace.iter_stochastic_nodes():
-            inner[name] = bijection(node["fn"], name).inv(values[name])
+            inner[name] = biject_to(node["fn"].support).inv(values[name])  # as Pyro's guides do
         if isinstance(guide, AutoNormal):
             return {f"{name}_unconstrained": value for name, value in inner.items()}
         packed = torch.cat([value.reshape(-1) for value in inner.values()])

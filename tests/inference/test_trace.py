@@ -161,6 +161,29 @@ def test_correlated_rows_are_pyros_and_have_a_fingerprint(dim):
     assert len(density.fingerprint()) == 64
 
 
+@pytest.mark.parametrize("event", [(), (2,)])
+def test_an_angle_goes_once_around(event):
+    """Pyro's support of all real numbers has a copy of the posterior every 2 pi."""
+
+    def program():
+        law = dist.VonMises(torch.zeros(event), 0.1).to_event(len(event))
+        angle = pyro.sample("angle", law)
+        pyro.sample("seen", dist.VonMises(angle, 2.0).to_event(len(event)), obs=torch.ones(event))
+
+    density = trace(program, generator=generator())
+    ends = torch.tensor([[-50.0], [50.0]], **D64).expand(2, density.num_params)
+    bounds = density.constrain(ends)["angle"]
+    assert bounds.abs().max() <= torch.pi
+    torch.testing.assert_close(bounds[1] - bounds[0], torch.full(event, 2 * torch.pi, **D64))
+    grid = torch.linspace(-30.0, 30.0, 4001, **D64)[:, None]
+    if not event:  # a density over the whole circle, that of both terms' product
+        total = density.value_and_grad(grid)[0].exp().sum() * (grid[1] - grid[0]).item()
+        angles = torch.linspace(-torch.pi, torch.pi, 4001, **D64)[:-1]
+        both = dist.VonMises(t(0.0), t(0.1)).log_prob(angles)
+        both = both + dist.VonMises(angles, t(2.0)).log_prob(t(1.0))
+        torch.testing.assert_close(total, both.exp().sum() * 2 * torch.pi / 4000)
+
+
 def test_without_a_rule_for_batches_the_program_runs_by_pyro(monkeypatch):
     def refused(self, vectors):
         raise RuntimeError("no batching rule")
