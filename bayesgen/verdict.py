@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from bayesgen.fit import Fit
 
-__all__ = ["Finding", "Verdict", "judge"]
+__all__ = ["Finding", "Verdict", "is_markov", "judge"]
 
 MIN_DRAWS = 4
 """Fewer, and ArviZ has no R-hat, effective size or Monte Carlo error."""
@@ -140,13 +140,13 @@ def _engine(fit: Fit) -> Iterator[Finding]:
 
 
 # ---------------------------------------------------------------- chains
-def _is_markov(fit: Fit) -> bool:
+def is_markov(fit: Fit) -> bool:
     """Whether draws come from Markov chains, and not independently from an approximation."""
-    return fit.posterior is None and "k_hat" not in fit.attrs and fit.num_draws >= MIN_DRAWS
+    return fit.posterior is None and "k_hat" not in fit.attrs
 
 
 def _mixing(fit: Fit, passed: list[str]) -> Iterator[Finding]:
-    if not _is_markov(fit):
+    if not is_markov(fit) or fit.num_draws < MIN_DRAWS:
         return
     table = _table(fit)
     yield from _r_hat(fit, table["r_hat"].dropna(), passed)

@@ -29,6 +29,7 @@ from bayesgen.inference.programs.program import arguments, bound_program
 from bayesgen.inference.programs.sites import Layout, discover
 from bayesgen.predictive import PriorPredictive, program_prior, sample_prior
 from bayesgen.replay import Forwards, is_data, log_priors, quietly
+from bayesgen.verdict import is_markov
 
 __all__ = ["calibrate_engine"]
 
@@ -147,10 +148,6 @@ def _independent(results: _Results) -> int:
             f"than {_FEWEST} says little: give the engine more draws."
         )
     return count
-
-
-def _is_markov(fit: Fit) -> bool:
-    return fit.posterior is None and "k_hat" not in fit.attrs
 
 
 # ---------------------------------------------------------------- plain programs
@@ -275,7 +272,7 @@ def _at_once(
             truth["log_likelihood"] = score[0, 0]
         else:
             drawn["log_likelihood"] = score
-    return _Results(truth, drawn, _is_markov(fit))
+    return _Results(truth, drawn, is_markov(fit))
 
 
 def _one_by_one(
@@ -297,7 +294,7 @@ def _one_by_one(
             score = sum(v.reshape(*v.shape[:2], -1).sum(-1) for v in parts.values())
             assert isinstance(score, Tensor)
             kept.append({**found, "log_likelihood": score})
-    return _stacked(truths, draws, _is_markov(fit))
+    return _stacked(truths, draws, is_markov(fit))
 
 
 def _stacked(
@@ -335,7 +332,7 @@ def _models(model: Model, data: object, engine: _Engine, count: int, seed: int) 
         own = {name: value[:, k : k + 1] for name, value in prior.prior.items()}
         truths.append(_quantities(bound, own, simulated[k]))
         draws.append(_quantities(bound, fit.draws, simulated[k]))
-    return _stacked(truths, draws, _is_markov(fit))
+    return _stacked(truths, draws, is_markov(fit))
 
 
 def _check_priors(model: Model, bound: Model, draws: Tensors, rows: Tensor) -> None:

@@ -14,7 +14,7 @@ from bayesgen.capabilities import Encoder, Generative, Program, Simulated
 from bayesgen.predictive import observed, replicated
 from bayesgen.replication import posterior_predictive_check
 from bayesgen.storage import write_bytes
-from bayesgen.verdict import MIN_DRAWS
+from bayesgen.verdict import MIN_DRAWS, is_markov
 
 if TYPE_CHECKING:
     from bayesgen.fit import Fit
@@ -113,7 +113,8 @@ def _model(page: Page, fit: Fit) -> None:
 def _posterior(page: Page, fit: Fit) -> None:
     summary = fit.summary()
     table = summary.judged[summary.judged["sd"] != 0.0]  # zeros of a triangle say nothing
-    table = table[[c for c in table.columns if not c.startswith("mcse")]]
+    kept = [c for c in table.columns if not c.startswith("mcse")]
+    table = table[[c for c in kept if c != "r_hat" or table[c].notna().any()]]
     rest = len(summary.table) - min(_ROWS, len(table))
     more = f" {rest} more rows stand in fit.summary().table." if rest else ""
     page.section("Posterior", f"What is known now about each parameter.{more}")
@@ -138,15 +139,24 @@ def _cell(column: str, value: Any) -> Any:
 def _chains(page: Page, fit: Fit) -> None:
     if fit.num_draws < MIN_DRAWS or not _moves(fit):
         return
-    page.section("Chains", "Whether the draws can be trusted, as pictures.")
-    page.picture(
-        plots.chains(fit, max_rows=6),
-        "chains",
-        "For each quantity its density by chain, its trace, and how often each chain's draws take "
-        "which rank among all: good chains lie on top of each other, wander fast, and stay within "
-        "the grey band.",
-        is_wide=True,
-    )
+    scalars = [
+        name
+        for name, value in fit.draws.items()
+        if value.ndim == 2 and value.is_floating_point() and name in fit.summary().judged.index
+    ]
+    pairs = 2 <= len(scalars) <= _SMALL
+    if is_markov(fit):
+        page.section("Chains", "Whether the draws can be trusted, as pictures.")
+        page.picture(
+            plots.chains(fit, max_rows=6),
+            "chains",
+            "For each quantity its density by chain, its trace, and how often each chain's draws "
+            "take which rank among all: good chains lie on top of each other, wander fast, and "
+            "stay within the grey band.",
+            is_wide=True,
+        )
+    elif pairs:  # independent draws of an approximation have no trace
+        page.section("Draws", "What the approximation looks like.")
     if "energy" in fit.sample_stats and fit.num_draws > 2:
         page.picture(
             plots.energy(fit),
@@ -154,12 +164,7 @@ def _chains(page: Page, fit: Fit) -> None:
             "Energies of the draws beside their changes from draw to draw; changes that are much "
             "narrower mean slow tails.",
         )
-    scalars = [
-        name
-        for name, value in fit.draws.items()
-        if value.ndim == 2 and value.is_floating_point() and name in fit.summary().judged.index
-    ]
-    if 2 <= len(scalars) <= _SMALL:
+    if pairs:
         page.picture(
             plots.draw_pairs(fit, scalars),
             "pairs",

@@ -36,7 +36,6 @@ __all__ = ["End", "finish"]
 
 _FULL = 2**25  # rows scored over all draws for importance weights
 _COMPARED = 100  # draws by which the average is compared with the last iterate
-_K_HAT = 0.7
 
 
 class End(NamedTuple):
@@ -175,13 +174,7 @@ def _k_hat(pair: Pair, drawn: Draws, full: bool) -> tuple[float | None, list[str
             "k-hat was not computed: the importance weights of a draw need all rows, and here "
             "they are too many, streamed, or chosen by the program itself."
         ]
-    shape = k_hat(drawn.log_weights)
-    if shape > _K_HAT:
-        return shape, [
-            f"PSIS k-hat is {shape:.2f}, above {_K_HAT}: the guide misses part of the posterior. "
-            "Use a richer guide (AutoMultivariateNormal, a flow), or NUTS."
-        ]
-    return shape, []
+    return k_hat(drawn.log_weights), []
 
 
 def _kept(end: End, pair: Pair, drawn: Draws, flat: Tensor) -> dict[str, Tensor]:

@@ -9,6 +9,8 @@ import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from click.testing import CliRunner
@@ -16,7 +18,7 @@ from click.testing import CliRunner
 from bayesgen import datasets, rng
 from bayesgen.app.cli import cli
 from bayesgen.app.report import page_of, write_report
-from bayesgen.inference import NUTS, Gibbs
+from bayesgen.inference import NUTS, SVI, Gibbs
 from bayesgen.models import GaussianMixture
 from bayesgen.toys import UnitMixture, pretend
 from tests.posteriordb.hierarchical import eight_schools
@@ -113,6 +115,21 @@ def test_a_plain_program(schools, tmp_path: Path):
     assert len(read.alts) == 6  # chains, energy, pairs of mu and tau, run, predictive, check
     assert "version of torch" in text
     assert schools.attrs["data_fingerprint"] in text
+
+
+def test_independent_draws_have_no_chains_and_no_r_hat():
+    def program(x):
+        loc = pyro.sample("loc", dist.Normal(0.0, 5.0))
+        scale = pyro.sample("scale", dist.HalfNormal(2.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(loc, scale), obs=x)
+
+    x = rng.standard_normal(30, rng.make_generator(0))
+    text = page_of(SVI(num_steps=200, num_samples=200).run(program, x, seed=0))
+    read = check(text)
+    assert "Draws" in read.headings
+    assert "Chains" not in read.headings
+    assert "r_hat" not in text
 
 
 def test_a_mixture_that_passes():

@@ -122,7 +122,7 @@ def test_a_guide_that_cannot_fit_is_caught():
     fit = SVI(guide=narrow, learning_rate=0.02).run(line, (x, y))
     assert fit.attrs["converged"]
     assert fit.attrs["k_hat"] > 0.7
-    assert any("k-hat" in message for message in fit.attrs["messages"])
+    assert [finding.code for finding in fit.verdict().failures] == ["k_hat"]
 
 
 def test_an_instance_stays_as_it_was():
