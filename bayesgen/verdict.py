@@ -28,6 +28,7 @@ _ESS = 400.0
 _E_BFMI = 0.3
 _K_HAT = 0.7
 _NEARLY_ALL = 0.95  # of the draws, by their weights: the approximation's body is right
+_LEFT_OUT = 0.05  # of the mass, by modes that an approximation leaves out
 _SAMPLED = 200  # entries judged of sites that are too large for the table
 _FEW = 20
 _MIN_ENERGIES = 50  # draws of all chains, for an E-BFMI worth reading
@@ -38,7 +39,8 @@ class Finding:
     """One thing that speaks against a posterior."""
 
     code: str
-    """``r_hat``, ``apart``, ``ess``, ``divergences``, ``e_bfmi``, ``k_hat`` or ``labels``, say."""
+    """Such as ``r_hat``, ``apart``, ``ess``, ``divergences``, ``e_bfmi``, ``k_hat``, ``modes`` or
+    ``labels``."""
     message: str
     """What was found, with its number."""
     advice: str
@@ -101,7 +103,8 @@ def judge(fit: Fit) -> Verdict:
     * of eight chains or more, none that sits apart from the others
       (:mod:`bayesgen.lone_chains`);
     * no divergent trajectory, and an energy fraction E-BFMI of at least 0.3 in every chain;
-    * draws of an approximation: Pareto :math:`\hat k \le 0.7` where the engine gave one.
+    * draws of an approximation: Pareto :math:`\hat k \le 0.7` where the engine gave one, and no
+      modes beside its own that hold more than a twentieth of the mass.
 
     Of many short chains in superchains :math:`\hat R` is the nested one
     (:func:`bayesgen.nested.nested_r_hat`). Its noise is of order one over the draws of a (super)
@@ -340,6 +343,22 @@ def _approximation(fit: Fit, passed: list[str]) -> Iterator[Finding]:
         )
     else:
         passed.append(f"Pareto k-hat {k_hat:.2f}{said}")
+    yield from _modes(fit)
+
+
+def _modes(fit: Fit) -> Iterator[Finding]:
+    """Modes that an approximation knows of and leaves out."""
+    heights = [mode["log_evidence"] for mode in fit.attrs.get("modes", ())]
+    if len(heights) < 2:
+        return
+    outside = 1.0 - 1.0 / sum(math.exp(min(height - heights[0], 700.0)) for height in heights)
+    yield Finding(
+        "modes",
+        f"there are {len(heights)} modes that differ, and the draws leave {outside:.1%} of their "
+        "mass out.",
+        "Sample with NUTS(start='pathfinder'), or write a program with one mode.",
+        is_fatal=outside > _LEFT_OUT,
+    )
 
 
 def _labels(fit: Fit) -> Iterator[Finding]:

@@ -12,6 +12,7 @@ __all__ = [
     "VB",
     "ClosedForm",
     "Gibbs",
+    "Laplace",
     "ManyChains",
     "TrainedGuide",
     "calibrate_engine",
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from bayesgen.inference.closed_form import ClosedForm
     from bayesgen.inference.em import EM
     from bayesgen.inference.gibbs import Gibbs
+    from bayesgen.inference.laplace import Laplace
     from bayesgen.inference.many_chains import ManyChains
     from bayesgen.inference.nuts import NUTS
     from bayesgen.inference.predictive import prior_predictive
@@ -34,6 +36,7 @@ _HOMES = {
     "ClosedForm": "bayesgen.inference.closed_form",
     "EM": "bayesgen.inference.em",
     "Gibbs": "bayesgen.inference.gibbs",
+    "Laplace": "bayesgen.inference.laplace",
     "ManyChains": "bayesgen.inference.many_chains",
     "NUTS": "bayesgen.inference.nuts",
     "SVI": "bayesgen.inference.svi",

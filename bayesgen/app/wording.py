@@ -6,7 +6,7 @@ import re
 
 __all__ = ["for_shell"]
 
-_ENGINES = "ClosedForm|EM|Gibbs|ManyChains|NUTS|SVI|VB"
+_ENGINES = "ClosedForm|EM|Gibbs|Laplace|ManyChains|NUTS|SVI|VB"
 _SPELLINGS: tuple[tuple[str, str], ...] = (
     (r",? (?:for example|in pandas) by \S*\[.*?\](?: = np\.nan|\.astype\(float\))?(?=[.,])", ""),
     (r"Name the columns with columns=\[\.\.\.\]", "Give a .csv file with names"),

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from bayesgen import rng
 
-__all__ = ["Law", "ascend", "laws_of", "pathfinder"]
+__all__ = ["Law", "ascend", "laws_of", "pathfinder", "stride"]
 
 Gradient = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -171,7 +171,7 @@ def ascend(gradient_of: Gradient, points: Tensor, num_steps: int = _STEPS) -> Pa
         uphill = (rise > 0) & ahead.isfinite().all(-1)
         ahead = torch.where(uphill[:, None], ahead, diagonal * gradient)
         rise = (ahead * gradient).sum(-1)
-        new, new_lp, new_gradient, moved = _step(gradient_of, points, lp, ahead, rise)
+        new, new_lp, new_gradient, moved = stride(gradient_of, points, lp, ahead, rise)
         moved &= active
         active = moved & (new_lp - lp > _TOLERANCE * lp.abs().clamp(min=1.0))
         keep = moved[:, None]
@@ -194,7 +194,7 @@ def ascend(gradient_of: Gradient, points: Tensor, num_steps: int = _STEPS) -> Pa
     return Path(*(torch.stack(part) for part in zip(*seen, strict=True)))
 
 
-def _step(
+def stride(
     gradient_of: Gradient, points: Tensor, lp: Tensor, ahead: Tensor, rise: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The whole step where it climbs enough, else the first of its halves that does."""

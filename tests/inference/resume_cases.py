@@ -18,7 +18,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 
-from bayesgen.inference import EM, NUTS, SVI, VB, ClosedForm, Gibbs, ManyChains, run
+from bayesgen.inference import EM, NUTS, SVI, VB, ClosedForm, Gibbs, Laplace, ManyChains, run
 from bayesgen.models import PPCA, FactorAnalysis, GaussianMixture, RobustPCA
 
 __all__ = ["CASES", "Case", "continue_all", "folders", "outcome", "rows", "same"]
@@ -87,6 +87,8 @@ CASES = {
     "nuts-eager": Case(NUTS(2, 60, 20, compile=False), regression, "pair"),
     "nuts-discrete": Case(NUTS(**_NUTS), two_groups, "column"),
     "nuts-ppca": Case(NUTS(**_NUTS), PPCA(1)),
+    "laplace": Case(Laplace(num_samples=20), regression, "pair"),
+    "laplace-discrete": Case(Laplace(num_samples=20), two_groups, "column"),
     "many": Case(ManyChains(**_MANY), regression, "pair"),
     "many-compiled": Case(ManyChains(compile=True, **_MANY), regression, "pair"),
     "many-eager": Case(ManyChains(compile=False, **_MANY), regression, "pair"),

@@ -10,7 +10,7 @@ import torch
 
 from bayesgen import rng
 from bayesgen.data import as_dataset
-from bayesgen.inference import EM, NUTS, SVI, VB, ClosedForm, Gibbs, ManyChains
+from bayesgen.inference import EM, NUTS, SVI, VB, ClosedForm, Gibbs, Laplace, ManyChains
 from bayesgen.models import PPCA, FactorAnalysis, GaussianMixture, Mixture, RobustPCA
 from bayesgen.models.families.bernoulli import Bernoulli
 from bayesgen.testing import EngineCase, engine_checks, engines
@@ -58,6 +58,7 @@ CASES = [
     make("gibbs-holes", lambda: Gibbs(**GIBBS), data=HOLES),
     make("nuts", lambda: NUTS(**NUTS_SETTINGS), GaussianMixture(1), resume_after=3),
     make("many-chains", lambda: ManyChains(**MANY), GaussianMixture(1), resume_after=3),
+    make("laplace", lambda: Laplace(num_samples=50), GaussianMixture(1), resume_after=2),
     make("svi", lambda: SVI(batch_size=32, **SVI_SETTINGS), GaussianMixture(1), resume_after=3),
     make("gibbs-bernoulli", lambda: Gibbs(**GIBBS), Mixture(Bernoulli(), 3), binary()),
 ]
