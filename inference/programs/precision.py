@@ -60,6 +60,8 @@ def _tells_or_writes(func: Any) -> bool:
     name = getattr(func, "__name__", "")
     if name == "__get__":
         return func.__self__.__name__ not in _NEW_TENSORS
+    if name == "contiguous":  # Pyro's store keeps the tensor itself, by which it is found again
+        return True
     return name in ("__set__", "__setitem__") or (name.endswith("_") and name[-2:] != "__")
 
 
