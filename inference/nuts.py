@@ -109,7 +109,8 @@ class NUTS(TracedEngine[NutsState]):
             ``"pathfinder"``: near the mass that quasi-Newton paths find, but for modes of none.
         compile: Whether the step is compiled: True, False, or ``"auto"`` where it would pay.
         trace: False runs by Pyro's own Python, to compare with.
-        dtype: Precision of everything.
+        dtype: Precision of everything, data included. Generated C++ is in float64 alone, so that
+            small programs are many times slower in float32.
         device: Where to compute.
 
     Example:

@@ -141,7 +141,8 @@ class SVI(Engine[SVIState]):
             start where that can be written and pays; else by Inductor, once the steps done have
             cost as much as compiling would, if enough of them may follow.
         trace: False runs by Pyro's own Python, to compare with.
-        dtype: Default dtype of program and guide; neural networks usually want ``torch.float32``.
+        dtype: Default dtype of program and guide; neural networks usually want ``torch.float32``,
+            small programs ``torch.float64``, for which alone there is generated C++.
         device: Where to compute.
 
     Example:

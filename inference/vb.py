@@ -115,6 +115,7 @@ class VB(Engine[VBState]):
             the posterior moves after every minibatch) or ``"stochastic"`` (Robbins-Monro).
         batch_size: Rows of a minibatch; None chooses chunks that fit the processor's cache.
         dtype: Precision of the products over rows; statistics are merged in float64.
+            In float32 a climb along a ridge ends once its rises are below rounding.
         device: Where to compute.
     """
 

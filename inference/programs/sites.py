@@ -30,6 +30,7 @@ from bayesgen.inference.programs.complaints import (
     check_trace,
     explained,
 )
+from bayesgen.inference.programs.precision import Converted
 from bayesgen.replay import is_computed, is_data, quietly
 
 __all__ = [
@@ -246,7 +247,7 @@ def discover(
     Raises:
         ValueError: A program that no gradient-based sampler can run, with what to do about it.
     """
-    run = imputing(run)
+    run = Converted(dtype)(imputing(run))
     with rng.fork(generator), quietly(dtype, validate=True), explained():
         starter = _Start(generator)
         with torch.no_grad(), starter:

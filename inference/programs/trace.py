@@ -335,7 +335,7 @@ def _log_density(layout: Layout, vector: Tensor) -> Tensor:
             nodes = poutine.trace(enumerated(layout)).get_trace()
             total = TraceEinsumEvaluator(nodes, True, layout.max_plate_nesting).log_prob(nodes)
     flat.check()
-    density: Tensor = total + flat.log_det
+    density: Tensor = (total + flat.log_det).to(layout.dtype)
     return density
 
 
