@@ -9,7 +9,7 @@ import warnings
 
 import numpy as np
 
-__all__ = ["CENTRES", "contest"]
+__all__ = ["CENTRES", "contest", "smallest_size"]
 
 _RUNS, _SECONDS = 5, 3.0
 CENTRES = np.array([[-3.0, 0.0], [0.0, 3.0], [3.0, 0.0]])
@@ -53,22 +53,35 @@ def _timed(sample, seed, start, cpu):
     return row | _worth(draws), note
 
 
-def _worth(draws):
-    """Smallest effective sizes of any entry, and means with their Monte Carlo errors."""
-    import arviz
+def _number(value):
+    return float(np.asarray(value).reshape(-1)[0])  # ArviZ may give an array of one
 
-    def number(value):
-        return float(np.asarray(value).reshape(-1)[0])  # ArviZ may give an array of one
+
+def _bulk(draws):
+    """Every entry of the draws, and its bulk effective size."""
+    import arviz
 
     entries = {}
     for name, value in draws.items():
         flat = value.reshape(*value.shape[:2], -1)
         for k in range(flat.shape[-1]):
             entries[f"{name}[{k}]"] = flat[..., k]
-    bulk = {k: number(arviz.ess(v)) for k, v in entries.items()}
+    return entries, {k: _number(arviz.ess(v)) for k, v in entries.items()}
+
+
+def smallest_size(draws):
+    """Of any entry of draws by name ``(chain, draw, ...)``."""
+    return min(_bulk(draws)[1].values())
+
+
+def _worth(draws):
+    """Smallest effective sizes of any entry, and means with their Monte Carlo errors."""
+    import arviz
+
+    entries, bulk = _bulk(draws)
     worst = min(bulk, key=bulk.get)
-    tail = min(number(arviz.ess(v, method="tail")) for v in entries.values())
+    tail = min(_number(arviz.ess(v, method="tail")) for v in entries.values())
     mean = {
-        k: [float(v.mean()), number(arviz.mcse(v)), float(v.std())] for k, v in entries.items()
+        k: [float(v.mean()), _number(arviz.mcse(v)), float(v.std())] for k, v in entries.items()
     }
     return {"ess": bulk[worst], "worst": worst, "tail": tail, "means": mean}
