@@ -395,6 +395,15 @@ class Continued(Conjugate):
     def continues(self) -> bool:
         """Whether this model needs it, as its arguments say; else :meth:`local` does."""
 
+    @property
+    def num_passes(self) -> int:
+        """Passes over the rows in one sweep of Gibbs.
+
+        Each goes on from what the one before left, and after each the blocks draw what its
+        statistics tell of.
+        """
+        return 1
+
     @abstractmethod
     def local_after(
         self,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from bayesgen.capabilities import Tensors
+    from bayesgen.conjugate import Local
 
 __all__ = ["Gibbs"]
 
@@ -199,12 +200,8 @@ class Gibbs(Engine[GibbsState]):
         return torch.zeros(shape, dtype=value.dtype, device=value.device)
 
     def step(self, task: Task, work: Work, state: GibbsState) -> tuple[GibbsState, Info]:
-        blocks = task.model.blocks
-        messages = {name: block.natural(state.values[name]) for name, block in blocks.items()}
         moving = work.observed is not None
-        local = work.source.sweep(
-            messages, generator=task.generator, keep_labels=moving, left=state.left
-        )
+        local = self._pass(task, work, state.values, state.left, keep_labels=moving)
         statistics: Nested = {b: dict(s) for b, s in local.statistics.items()}
         accepted = state.accepted
         if moving:
@@ -224,8 +221,22 @@ class Gibbs(Engine[GibbsState]):
             state.step + 1 == self.max_steps,
         )
         left = local.latents.get("left")
+        for _ in range(1, work.source.num_passes):
+            local = self._pass(task, work, values, left)
+            values = self._draw(task, local.statistics, values)
+            left = local.latents["left"]
         new = state._replace(values=values, step=state.step + 1, accepted=accepted, left=left)
         return new, info
+
+    @staticmethod
+    def _pass(
+        task: Task, work: Work, values: Nested, left: Tensor | None, *, keep_labels: bool = False
+    ) -> Local:
+        """Latents of all rows given the parameters."""
+        messages = {name: block.natural(values[name]) for name, block in task.model.blocks.items()}
+        return work.source.sweep(
+            messages, generator=task.generator, keep_labels=keep_labels, left=left
+        )
 
     def _draw(
         self, task: Task, statistics: Mapping[str, Tensors], previous: Nested | None

@@ -21,7 +21,7 @@ from bayesgen.distributions._low_rank import LowRankForm, low_rank_form
 from bayesgen.models.families.degrees_of_freedom import DegreesOfFreedom, default_df_prior
 from bayesgen.models.linear.base import LinearModel, scale_tril_of
 from bayesgen.models.linear.cell_laws import CellConditional, CellLatents, CellRows
-from bayesgen.models.linear.cells import from_cells
+from bayesgen.models.linear.cells import Cells, draw_cells, draw_latents, draw_scales, expect_cells
 from bayesgen.models.linear.latent_integral import TOLERANCE
 from bayesgen.models.linear.robust import RobustBlock
 from bayesgen.models.linear.rows import Rows, Sums
@@ -310,19 +310,29 @@ class RobustPCA(LinearModel, Continued, Weighted):
     def continues(self) -> bool:
         return self.is_cellwise
 
+    @property
+    def num_passes(self) -> int:
+        return 2 if self.is_cellwise and self.learns_df else 1
+
     def local_after(
         self,
-        observed: Any,
+        observed: Rows,
         messages: Mapping[str, Tensors],
         left: Tensor | None,
         *,
         generator: torch.Generator | None = None,
     ) -> Local:
+        """What is left are scales ``(..., b, d)``, or latents ``(..., b, q)``, which are fewer."""
         message = messages["loadings"]
+        if left is not None and left.shape[-1] == self.latent_dim:
+            assert generator is not None
+            return _local(draw_scales(observed, message, left, generator=generator))
         if left is not None and "stretch" in message:
             left = left * message["stretch"].unsqueeze(-1).to(left.dtype)
-        found, scales = from_cells(observed, message, left, generator=generator)
-        return Local({"loadings": found.statistics}, found.bound, {"left": scales})
+        if generator is None:
+            return _local(expect_cells(observed, message, left))
+        draw = draw_latents if self.learns_df else draw_cells
+        return _local(draw(observed, message, left, generator=generator))
 
     def local(
         self,
@@ -331,6 +341,14 @@ class RobustPCA(LinearModel, Continued, Weighted):
         *,
         generator: torch.Generator | None = None,
     ) -> Local:
-        if self.is_cellwise:
-            return self.local_after(observed, messages, None, generator=generator)
-        return super().local(observed, messages, generator=generator)
+        if not self.is_cellwise:
+            return super().local(observed, messages, generator=generator)
+        assert isinstance(observed, Rows)
+        message = messages["loadings"]
+        if generator is None:
+            return _local(expect_cells(observed, message))
+        return _local(draw_cells(observed, message, None, generator=generator))
+
+
+def _local(cells: Cells) -> Local:
+    return Local({"loadings": cells.found.statistics}, cells.found.bound, {"left": cells.left})

@@ -76,6 +76,11 @@ class Source:
         return require(self.model, Partitioned, "a move between components")
 
     @property
+    def num_passes(self) -> int:
+        """Passes of one sweep of Gibbs."""
+        return 1 if self._continued is None else self._continued.num_passes
+
+    @property
     def num_batches(self) -> int:
         """Batches of one pass."""
         return -(-self.num_rows // self.batch_size)

@@ -9,8 +9,9 @@ Given the local scales :math:`u_i \sim \mathrm{Gamma}(\nu/2, \nu/2)` the log lik
 
 Variational Bayes keeps the posterior on a grid of the logarithm, where each update is exact
 coordinate ascent. EM climbs to the mode between the grid's points (on the grid alone it would
-stall, because its steps are shorter than the grid's). Gibbs proposes from cells of such a grid and
-accepts by Metropolis, so its draws follow the continuous prior.
+stall, because its steps are shorter than the grid's). Gibbs proposes from cells of such a grid
+and accepts by Metropolis, so its draws follow the continuous prior. Where the scales are
+integrated out it does the same by another likelihood of the degrees of freedom.
 
 References:
     Liu & Rubin (1995). ML estimation of the t distribution using EM and its extensions.
@@ -18,6 +19,7 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -30,9 +32,10 @@ from bayesgen import rng
 if TYPE_CHECKING:
     from bayesgen.capabilities import Tensors
 
-__all__ = ["DegreesOfFreedom", "default_df_prior", "log_constant"]
+__all__ = ["HIGH", "LOW", "DegreesOfFreedom", "default_df_prior", "log_constant"]
 
-_LOW, _HIGH, _POINTS = 0.1, 1000.0, 256
+LOW, HIGH = 0.1, 1000.0
+_POINTS = 256
 # Each round of the search for a mode narrows the bracket to an eighth of itself.
 _ROUNDS, _SECTIONS = 8, 16
 _CELLS = 128
@@ -79,13 +82,13 @@ class DegreesOfFreedom:
     @classmethod
     def learned(cls, prior: Any, device: torch.device) -> Self:
         """A prior given as a distribution; values beyond 0.1 and 1000 are left out."""
-        ends = torch.tensor([_LOW, _HIGH], dtype=torch.float64).log()
+        ends = torch.tensor([LOW, HIGH], dtype=torch.float64).log()
         log_grid = torch.linspace(float(ends[0]), float(ends[1]), _POINTS, dtype=torch.float64)
         step = log_grid[1] - log_grid[0]
         log_grid = log_grid[prior.support.check(log_grid.exp())]
         if len(log_grid) < 2:
             raise ValueError(
-                f"the prior {prior} of 'df' leaves hardly any value between {_LOW} and {_HIGH}: "
+                f"the prior {prior} of 'df' leaves hardly any value between {LOW} and {HIGH}: "
                 "give a wider one, or fix it by StudentT(df=...)."
             )
         log_density = prior.log_prob(log_grid.exp()) + log_grid
@@ -172,21 +175,43 @@ class DegreesOfFreedom:
     def draw(
         self, statistics: Tensors, previous: Tensors | None, *, generator: torch.Generator
     ) -> Tensor:
-        """Metropolis with independent proposals: a cell of a grid, then a point within it."""
+        """Given the local scales; see :meth:`draw_by`."""
+        count, excess = (part.unsqueeze(-1) for part in self._sums(statistics))
+
+        def log_likelihood(log_df: Tensor) -> Tensor:
+            df = log_df.exp()
+            return count * log_constant(df) + 0.5 * df * excess
+
+        lead = statistics["count"]
+        return self.draw_by(log_likelihood, lead.shape, previous, generator=generator)
+
+    def draw_by(
+        self,
+        log_likelihood: Callable[[Tensor], Tensor],
+        shape: torch.Size,
+        previous: Tensors | None,
+        *,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """Metropolis with independent proposals: a cell of a grid, then a point within it.
+
+        Args:
+            log_likelihood: Of ``log df (..., K, m)``, the same shape.
+            shape: ``(..., K)``.
+            previous: Values to go on from, ``df`` among them; None to begin.
+            generator: Source of randomness.
+        """
         if self.is_fixed:
-            return self.grid.expand(statistics["count"].shape).clone()
-        count, excess = self._sums(statistics)
+            return self.grid.expand(shape).clone()
 
         def height(log_df: Tensor) -> Tensor:
-            df, lift = log_df.exp(), log_df.ndim - count.ndim
-            n, s = (part.reshape(*part.shape, *[1] * lift) for part in (count, excess))
-            return n * log_constant(df) + 0.5 * df * s + self._log_density(log_df)
+            return log_likelihood(log_df) + self._log_density(log_df)
 
-        low, step = self._bulk(statistics)
-        cells = torch.arange(_CELLS, dtype=count.dtype, device=count.device)
+        low, step = self._bulk(height, shape)
+        where: dict[str, Any] = {"dtype": self.grid.dtype, "device": self.grid.device}
+        cells = torch.arange(_CELLS, **where)
         masses = height(low.unsqueeze(-1) + step.unsqueeze(-1) * (cells + 0.5))
-        shape, where = (2, *count.shape), count.device
-        uniform = torch.rand(shape, generator=generator, dtype=count.dtype, device=where)
+        uniform = torch.rand((2, *shape), generator=generator, **where)
         cell = rng.categorical(masses, generator, -1)
         proposal = low + step * (cell + uniform[0])
         if previous is None or "df" not in previous:
@@ -194,20 +219,25 @@ class DegreesOfFreedom:
         current = previous["df"].log()
 
         def log_ratio(log_df: Tensor) -> Tensor:
-            index = ((log_df - low) / step).floor().long().clamp(0, _CELLS - 1).unsqueeze(-1)
-            return height(log_df) - masses.gather(-1, index).squeeze(-1)
+            log_df = log_df.unsqueeze(-1)
+            index = ((log_df - low.unsqueeze(-1)) / step.unsqueeze(-1)).floor().long()
+            gap = height(log_df) - masses.gather(-1, index.clamp(0, _CELLS - 1))
+            return gap.squeeze(-1)
 
         # Outside the cells the posterior has no mass to speak of: whatever is there moves in.
         outside = (current < low) | (current > low + step * _CELLS)
         accept = uniform[1].log() < log_ratio(proposal) - log_ratio(current)
         return torch.where(accept | outside, proposal, current).exp()
 
-    def _bulk(self, statistics: Tensors) -> tuple[Tensor, Tensor]:
+    def _bulk(
+        self, height: Callable[[Tensor], Tensor], shape: torch.Size
+    ) -> tuple[Tensor, Tensor]:
         """Start and width ``(..., K)`` of cells that cover all but ``exp(-30)`` of the posterior.
 
         The grid itself would be too coarse for a component of many rows.
         """
-        log_grid, posterior = self.grid.log(), self._log_grid_posterior(statistics)
+        log_grid = self.grid.log()
+        posterior = height(log_grid.expand(*shape, -1))
         inside = posterior > posterior.amax(-1, keepdim=True) - 30.0
         last = len(log_grid) - 1
         first_in, last_in = inside.long().argmax(-1), last - inside.flip(-1).long().argmax(-1)

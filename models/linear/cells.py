@@ -14,9 +14,20 @@ the log density of a Student-t has the square itself: it lies below the log like
 inequality for the concave :math:`\log(1 + r^2 / \nu)`, and by what the latent's law differs from a
 normal.
 
+Drawn scales say little of the degrees of freedom of a nearly normal column, and hold them where
+they are. So these are drawn with the scales integrated out, between the latents and the scales:
+
+.. math::
+    z \mid u, \theta, \nu; \qquad \nu \mid z, \theta; \qquad u \mid z, \theta, \nu; \qquad
+    \theta \mid z, u,
+
+where the second and third are one draw of both given the latents. Each of the first two pairs
+needs a pass over all rows: one draws latents and leaves them, the next draws scales and leaves
+those.
+
 References:
     Luttinen, Ilin & Karhunen (2012). Bayesian robust PCA of incomplete data. Neural Processing
-    Letters 36.
+    Letters 36. van Dyk & Park (2008). Partially collapsed Gibbs samplers. JASA 103.
 """
 
 from __future__ import annotations
@@ -30,12 +41,13 @@ from torch import Tensor
 from bayesgen import rng
 from bayesgen.distributions._low_rank import pack, pack_outer, unpack
 from bayesgen.models.linear.latents import Latents
+from bayesgen.models.linear.tails import tail_sums
 
 if TYPE_CHECKING:
     from bayesgen.capabilities import Tensors
     from bayesgen.models.linear.rows import Rows
 
-__all__ = ["Cells", "from_cells"]
+__all__ = ["Cells", "draw_cells", "draw_latents", "draw_scales", "expect_cells"]
 
 _LOG_2PI = math.log(2.0 * math.pi)
 # Rounds of coordinate ascent of a step that goes on, and of one that starts.
@@ -47,9 +59,11 @@ class Cells(NamedTuple):
 
     found: Latents
     """Statistics as those of rows with scales, but ``scale``, ``log_scale`` and ``volume`` are
-    ``(..., d)``, by column, and ``latent`` is not weighted."""
-    scales: Tensor
-    """Scales of the cells, ``(..., n, d)``, zero where missing: where the next step goes on."""
+    ``(..., d)``, by column, and ``latent`` is not weighted. Of latents that were drawn without
+    scales they are ``count`` and ``tails (..., d, 32)``, for the degrees of freedom."""
+    left: Tensor
+    """Where the next step goes on: scales of the cells, ``(..., n, d)``, zero where missing; or
+    latents ``(..., n, q)``."""
 
 
 class _Law(NamedTuple):
@@ -101,6 +115,11 @@ class _Step:
         square = self.precision.unsqueeze(-2) * self.values.square()
         return (square - 2.0 * crossed + fitted).clamp_min(0.0)
 
+    def gammas(self, mean: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """Powers and rates ``(..., n, d)`` of the scales given moments of the latents."""
+        rate = 0.5 * (self.df + self.distance(mean, second))
+        return (0.5 * (self.df + 1.0)).expand(rate.shape), rate
+
     def expected(self, distance: Tensor) -> Tensor:
         """Expected scales of cells."""
         return self.observed * (self.df + 1.0) / (self.df + distance)
@@ -122,43 +141,76 @@ class _Step:
         return scales
 
 
-def from_cells(
-    rows: Rows,
-    message: Tensors,
-    scales: Tensor | None = None,
-    *,
-    generator: torch.Generator | None = None,
-) -> Cells:
-    """The local step: expectations of a batch, or with ``generator`` draws.
+def expect_cells(rows: Rows, message: Tensors, scales: Tensor | None = None) -> Cells:
+    """Expectations of a batch under the best product of a normal and of Gammas.
 
     Args:
         rows: The batch, in one precision.
         message: What the block of the loadings and of the degrees of freedom says.
         scales: What the last step left; None to start from the message alone.
-        generator: Source of the draws. The bound is then the log density of rows and latents
-            together, the cells' scales integrated out.
     """
     step = _Step(rows, message)
-    if scales is None:
-        scales = step.first()
-    elif generator is None:
-        scales = step.rounds(scales, _ROUNDS - 1)
+    scales = step.first() if scales is None else step.rounds(scales, _ROUNDS - 1)
     law = step.latents(scales)
-    if generator is None:
-        mean, covariance = law.mean, torch.cholesky_inverse(law.tril)
-    else:
-        mean, covariance = _draw(law, generator), None
-    second = step.second(mean, covariance)
-    rate = 0.5 * (step.df + step.distance(mean, second))
-    power = (0.5 * (step.df + 1.0)).expand(rate.shape)
-    if generator is None:
-        log_scale = torch.digamma(power) - rate.log()
-        scales = power / rate
-    else:
-        log_scale = rng.log_gamma_sample(power, generator) - rate.log()
-        scales = log_scale.exp()
+    covariance = torch.cholesky_inverse(law.tril)
+    second = step.second(law.mean, covariance)
+    power, rate = step.gammas(law.mean, second)
+    scales, log_scale = power / rate, torch.digamma(power) - rate.log()
+    bound = _bound(step, rows, power, rate) + _less_divergence(second, law)
+    return _cells(step, rows, law.mean, second, scales, log_scale, bound)
+
+
+def draw_latents(
+    rows: Rows, message: Tensors, scales: Tensor | None, *, generator: torch.Generator
+) -> Cells:
+    """Latents given scales, and what the degrees of freedom need once the scales are forgotten.
+
+    The bound is the log density of rows and latents together, the scales integrated out.
+    """
+    step = _Step(rows, message)
+    latents = _draw(step.latents(step.first() if scales is None else scales), generator)
+    second = step.second(latents, None)
+    distance = step.distance(latents, second)
+    count = rows.observed.expand(*distance.shape[:-2], -1)
+    statistics = {"tails": tail_sums(distance, step.observed), "count": count}
+    bound = _bound(step, rows, *step.gammas(latents, second)) + _log_density(latents)
+    return Cells(Latents(statistics, bound), latents)
+
+
+def draw_scales(
+    rows: Rows, message: Tensors, latents: Tensor, *, generator: torch.Generator
+) -> Cells:
+    """Scales given latents. The bound is as that of :func:`draw_latents`."""
+    return _given_latents(_Step(rows, message), rows, latents, generator)
+
+
+def draw_cells(
+    rows: Rows, message: Tensors, scales: Tensor | None, *, generator: torch.Generator
+) -> Cells:
+    """Latents given scales, then scales given latents, under the same degrees of freedom."""
+    step = _Step(rows, message)
+    latents = _draw(step.latents(step.first() if scales is None else scales), generator)
+    return _given_latents(step, rows, latents, generator)
+
+
+def _given_latents(step: _Step, rows: Rows, latents: Tensor, generator: torch.Generator) -> Cells:
+    second = step.second(latents, None)
+    power, rate = step.gammas(latents, second)
+    log_scale = rng.log_gamma_sample(power, generator) - rate.log()
+    bound = _bound(step, rows, power, rate) + _log_density(latents)
+    return _cells(step, rows, latents, second, log_scale.exp(), log_scale, bound)
+
+
+def _cells(
+    step: _Step,
+    rows: Rows,
+    mean: Tensor,
+    second: Tensor,
+    scales: Tensor,
+    log_scale: Tensor,
+    bound: Tensor,
+) -> Cells:
     scales, log_scale = scales * step.observed, log_scale * step.observed
-    bound = _bound(step, rows, power, rate) + _of_latents(second, law, covariance)
     return Cells(Latents(_statistics(step, rows, mean, second, scales, log_scale), bound), scales)
 
 
@@ -176,12 +228,16 @@ def _bound(step: _Step, rows: Rows, power: Tensor, rate: Tensor) -> Tensor:
     return (constant.double() * rows.observed).sum(-1) + each.sum(-1).double().sum(-1)
 
 
-def _of_latents(second: Tensor, law: _Law, covariance: Tensor | None) -> Tensor:
-    """Of the latents: less their divergence from the prior, or their log prior density."""
+def _log_density(latents: Tensor) -> Tensor:
+    """Of drawn latents under their prior, ``(...)``."""
+    each = 0.5 * (latents.square().double() + _LOG_2PI)
+    return -each.sum((-2, -1))
+
+
+def _less_divergence(second: Tensor, law: _Law) -> Tensor:
+    """Less the divergence of the latents' law from their prior, ``(...)``."""
     n, q = law.mean.shape[-2:]
     trace = unpack(second.double().sum(-2), q + 1, leading=q).diagonal(dim1=-2, dim2=-1).sum(-1)
-    if covariance is None:
-        return -0.5 * (trace + n * q * _LOG_2PI)
     log_det = law.tril.diagonal(dim1=-2, dim2=-1).log().sum(-1).double().sum(-1)
     return 0.5 * (n * q - trace) - log_det
 

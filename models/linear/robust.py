@@ -11,6 +11,7 @@ from torch import Tensor
 from bayesgen import rng
 from bayesgen.conjugate import Block
 from bayesgen.models.families.degrees_of_freedom import DegreesOfFreedom
+from bayesgen.models.linear.tails import tail_likelihood
 
 if TYPE_CHECKING:
     from bayesgen.capabilities import Tensors
@@ -26,7 +27,7 @@ class RobustBlock(Block):
     """Loadings, mean and noise given the scales, and the degrees of freedom of these.
 
     Statistics are those of :func:`~bayesgen.models.linear.latents.from_rows` with ``df``, or of
-    :func:`~bayesgen.models.linear.cells.from_cells`. Degrees of freedom are ``(..., 1)`` for rows,
+    :mod:`~bayesgen.models.linear.cells`. Degrees of freedom are ``(..., 1)`` for rows,
     ``(..., d)`` for cells, one a column.
 
     Args:
@@ -105,16 +106,29 @@ class RobustBlock(Block):
     def draw(
         self, statistics: Tensors, previous: Tensors | None, *, generator: torch.Generator
     ) -> dict[str, Tensor]:
+        """All sites; of cells the degrees of freedom when latents were drawn, the others later."""
+        if "tails" in statistics:
+            assert previous is not None
+            return {**previous, "df": self._by_tails(statistics, previous, generator)}
         values = self.normal.draw(statistics, previous, generator=generator)
         scales = self._scales(statistics)
         if self.is_cellwise:
             factor = self._stretch(values, scales, previous, generator)
             values["variance"] = values["variance"] * factor
             values["stretch"] = factor
+            if previous is not None:
+                return self._values(values, self._own_df(values, previous))
             scales["log_scale"] = scales["log_scale"] + scales["count"] * factor.log()
             scales["moments"] = scales["moments"] * factor.unsqueeze(-1)
         df = self.degrees.draw(scales, previous, generator=generator)
         return self._values(values, df)
+
+    def _by_tails(
+        self, statistics: Tensors, previous: Tensors, generator: torch.Generator
+    ) -> Tensor:
+        count = statistics["count"]
+        likelihood = tail_likelihood(statistics["tails"], count)
+        return self.degrees.draw_by(likelihood, count.shape, previous, generator=generator)
 
     def _stretch(
         self,
@@ -131,8 +145,7 @@ class RobustBlock(Block):
         References:
             Liu & Wu (1999). Parameter expansion for data augmentation. JASA 94.
         """
-        own = None if previous is None else previous.get("df")
-        df = self._start_df(values) if own is None else own
+        df = self._own_df(values, previous)
         power = 0.5 * (scales["count"] * df).sum(-1, keepdim=True)
         rate = 0.5 * (scales["moments"].squeeze(-1) * df).sum(-1, keepdim=True)
         factor = rng.gamma(power, generator) / rate
@@ -145,12 +158,16 @@ class RobustBlock(Block):
         accepted = (uniform.log() < ratio).unsqueeze(-1)
         return torch.where(accepted, factor, torch.ones_like(factor))
 
+    def _own_df(self, values: Tensors, previous: Tensors | None) -> Tensor:
+        own = None if previous is None else previous.get("df")
+        return self._start_df(values) if own is None else own
+
     def _start_df(self, values: Tensors) -> Tensor:
         lead = values["loc"] if self.is_cellwise else values["loc"][..., :1]
         start = self.degrees.grid if self.degrees.is_fixed else torch.full_like(lead, _START_DF)
         return start.expand(lead.shape)
 
     def natural(self, values: Tensors) -> dict[str, Tensor]:
-        df = values.get("df", self._start_df(values))
+        df = self._own_df(values, values)
         message = {**self.normal.natural(values), **self.degrees.natural(df)}
         return message | ({"stretch": values["stretch"]} if "stretch" in values else {})

@@ -76,6 +76,7 @@ CASES = {
     "vb-robust": Case(VB(num_starts=1), RobustPCA(1)),
     "gibbs-mixture": Case(Gibbs(**_GIBBS), GaussianMixture(4)),
     "gibbs-robust": Case(Gibbs(**_GIBBS), RobustPCA(1)),
+    "gibbs-cells": Case(Gibbs(**_GIBBS), RobustPCA(1, scales="cells")),
     "closed-form": Case(ClosedForm(), PPCA(1)),
     "svi": Case(SVI(**_SVI), regression, "pair"),
     "svi-compiled": Case(SVI(compile=True, **_SVI), regression, "pair"),

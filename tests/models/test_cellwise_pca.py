@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from pyro.distributions import Gamma, Normal
+from pyro.ops.stats import effective_sample_size
 
 from bayesgen import rng
 from bayesgen.calibration import geweke_joint_test
@@ -19,7 +20,7 @@ from bayesgen.inference.conjugate.source import Source
 from bayesgen.inference.gibbs import GibbsState, Work
 from bayesgen.inference.run import Task
 from bayesgen.models import PPCA, RobustPCA
-from bayesgen.models.linear import latent_integral
+from bayesgen.models.linear import latent_integral, robust
 from bayesgen.models.linear.latent_integral import TOLERANCE
 from bayesgen.models.linear.rows import take_rows
 
@@ -300,13 +301,14 @@ def simulate(values, generator):
     return mean + noise * rng.standard_normal((size, N, D), generator)
 
 
-def transition(values, x, generator, *, carry):
+def transition(values, x, generator, *, carry, size):
     data = as_dataset([[-1.0] * D, [1.0] * D] * (N // 2))
     model = cellwise(Q, priors=proper()).bind(data)
     model.bound.scales.offset.zero_()
     job = Task(model, data, generator, torch.device("cpu"), torch.float64)
-    source = Source(job.model, job.data)
-    source._kept = [take_rows(x, torch.float64, complete=True)]
+    source = Source(job.model, job.data, batch_size=size)
+    parts = x.split(size, -2)
+    source._kept = [take_rows(part, torch.float64, complete=True) for part in parts]
     own = {name: value for name, value in values.items() if name != "left"}
     zero = torch.zeros(len(x), dtype=torch.float64)
     state = GibbsState({"loadings": own}, {}, {}, 0, zero, values["left"] if carry else None)
@@ -328,9 +330,9 @@ def quantities(values, x):
     }
 
 
-def geweke(carry=True):
+def geweke(carry=True, size=N):
     def move(values, x, generator):
-        return transition(values, x, generator, carry=carry)
+        return transition(values, x, generator, carry=carry, size=size)
 
     return geweke_joint_test(
         prior,
@@ -349,6 +351,44 @@ def test_geweke():
     assert result.p_value > 1e-3, result
     result = geweke(carry=False)
     assert result.p_value < 1e-4, result
+
+
+def test_geweke_in_batches():
+    result = geweke(size=4)
+    assert result.p_value > 1e-3, result
+
+
+def test_geweke_catches_cells_counted_twice_in_the_degrees_of_freedom(monkeypatch):
+    right = robust.tail_likelihood
+    monkeypatch.setattr(
+        robust, "tail_likelihood", lambda sums, count: right(2.0 * sums, 2.0 * count)
+    )
+    result = geweke()
+    assert result.p_value < 1e-4, result
+
+
+def test_degrees_of_freedom_of_normal_columns_move():
+    """Drawn given the scales they made some 100 independent draws of 4,000."""
+    x, _, _ = contaminated(0.0, 0, n=100, d=5, q=1)
+    fit = Gibbs(num_chains=4, num_samples=250, num_warmup=100).run(cellwise(1), x)
+    size = effective_sample_size(fit.draws["df"].log(), chain_dim=0, sample_dim=1)
+    assert float(size.min()) > 200.0
+
+
+def test_fixed_degrees_of_freedom_take_one_pass(monkeypatch):
+    x, _, _ = contaminated(0.1, 0, n=40, d=5)
+    passes, right = [], Source.sweep
+
+    def sweep(self, *arguments, **settings):
+        passes.append(0)
+        return right(self, *arguments, **settings)
+
+    monkeypatch.setattr(Source, "sweep", sweep)
+    for df, each in ((4.0, 1), (None, 2)):
+        passes.clear()
+        fit = Gibbs(num_chains=2, num_samples=5, num_warmup=5).run(cellwise(1, df=df), x)
+        assert len(passes) == 10 * each
+        assert ("df" in fit.draws) == (df is None)
 
 
 # ------------------------------------------------------------------ the rest of the contract
