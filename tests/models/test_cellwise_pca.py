@@ -20,7 +20,7 @@ from bayesgen.inference.conjugate.source import Source
 from bayesgen.inference.gibbs import GibbsState, Work
 from bayesgen.inference.run import Task
 from bayesgen.models import PPCA, RobustPCA
-from bayesgen.models.linear import latent_integral, robust
+from bayesgen.models.linear import cells, latent_integral
 from bayesgen.models.linear.latent_integral import TOLERANCE
 from bayesgen.models.linear.rows import take_rows
 
@@ -358,10 +358,10 @@ def test_geweke_in_batches():
     assert result.p_value > 1e-3, result
 
 
-def test_geweke_catches_cells_counted_twice_in_the_degrees_of_freedom(monkeypatch):
-    right = robust.tail_likelihood
+def test_geweke_catches_residuals_a_fifth_too_large_in_the_degrees_of_freedom(monkeypatch):
+    right = cells.tail_sums
     monkeypatch.setattr(
-        robust, "tail_likelihood", lambda sums, count: right(2.0 * sums, 2.0 * count)
+        cells, "tail_sums", lambda distance, observed: right(1.2 * distance, observed)
     )
     result = geweke()
     assert result.p_value < 1e-4, result
