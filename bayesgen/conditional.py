@@ -59,12 +59,19 @@ class Conditioned:
         if num_samples < 1:
             raise ValueError(f"num_samples={num_samples}, but at least 1 is needed.")
         generator = rng.make_generator(seed, self.log_weights.device)
-        rows = torch.arange(self.log_weights.shape[1], device=self.log_weights.device)
-        found = []
-        for _ in range(num_samples):
-            draw = rng.categorical(self.log_weights, generator, dim=0)
-            found.append(verbs.draw_from(self.parts, generator)[draw, rows])
-        return torch.stack(found)
+        draw = torch.stack(
+            [rng.categorical(self.log_weights, generator, dim=0) for _ in range(num_samples)]
+        )
+        # One sample of all parts serves every row and draw once: as many as the most chosen needs.
+        turn = _turns(draw)
+        found = self.log_weights.new_empty(0)
+        for index in range(int(turn.max()) + 1):
+            values = verbs.draw_from(self.parts, generator)
+            if index == 0:
+                found = values.new_empty((*draw.shape, values.shape[-1]))
+            place, row = (turn == index).nonzero(as_tuple=True)
+            found[place, row] = values[draw[place, row], row]
+        return found
 
     def interval(
         self, mass: float = 0.9, *, num_samples: int = 1000, seed: int = 0
@@ -81,6 +88,17 @@ class Conditioned:
         rows = self.log_weights.shape[1]
         given = ", ".join(self.given) if self.given else "nothing"
         return f"Conditioned({', '.join(self.columns)} given {given}: {rows} rows)"
+
+
+def _turns(draw: Tensor) -> Tensor:
+    """How many entries above each one ``(k, n)`` in its column are equal to it."""
+    order = draw.argsort(dim=0, stable=True)
+    ordered = draw.gather(0, order)
+    places = torch.arange(len(draw), device=draw.device).unsqueeze(-1).expand(draw.shape)
+    is_first = torch.ones_like(draw, dtype=torch.bool)
+    is_first[1:] = ordered[1:] != ordered[:-1]
+    since = places - torch.where(is_first, places, 0).cummax(0).values
+    return torch.empty_like(draw).scatter_(0, order, since)
 
 
 @torch.no_grad()

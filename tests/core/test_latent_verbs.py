@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from bayesgen import rng
+from bayesgen import rng, verbs
 from bayesgen.capabilities import Conditional, Denoising, Explained, Model, Symmetric
 from bayesgen.data import as_dataset
 from bayesgen.explained import ExplainedVariance
@@ -58,6 +58,25 @@ def test_its_moments_are_those_of_its_samples(fit):
     assert ((inside - 0.8).abs() < 0.03).all()
     assert found.mean[0] < 0.5 < 3.5 < found.mean[2]
     assert "c given a, b: 3 rows" in repr(found)
+
+
+def test_samples_of_the_conditional_share_passes_but_no_numbers(fit, monkeypatch):
+    """Each was one row of a sample of all parts; now all rows of a sample are used."""
+    x = torch.tensor([[0.1, 0.2, torch.nan], [3.9, 4.0, torch.nan]], dtype=torch.float64)
+    found = fit.condition(x, num_draws=20)
+    calls: list[int] = []
+    draw_from = verbs.draw_from
+
+    def counted(distribution, generator):
+        if distribution is found.parts:
+            calls.append(1)
+        return draw_from(distribution, generator)
+
+    monkeypatch.setattr(verbs, "draw_from", counted)
+    drawn = found.sample(500)
+    assert len(calls) < 250
+    assert len(drawn.unique()) == drawn.numel()
+    assert torch.equal(drawn, found.sample(500))
 
 
 def test_a_row_chooses_among_the_draws():
