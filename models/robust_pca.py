@@ -62,7 +62,8 @@ class RobustPCA(LinearModel, Continued, Weighted):
       scales independent of them; VB's bound is theirs as well. Gibbs and NUTS are exact;
     * ``noise_scale`` and the covariance are those of cells of scale one.
 
-    Priors and defaults are those of :class:`~bayesgen.models.ppca.PPCA`, with ``"df"`` any
+    Priors and defaults are those of :class:`~bayesgen.models.ppca.PPCA`, scaled by medians and
+    median absolute deviations instead of means and standard deviations, with ``"df"`` any
     distribution of one positive number, by default ``Gamma(2, 0.1)``; EM, VB and Gibbs cut it to
     0.1 ... 1000. ``noise_scale`` and the loadings are those of a row of scale one: the covariance
     is :math:`\nu / (\nu - 2)` times as large, where it exists.

@@ -35,7 +35,14 @@ if TYPE_CHECKING:
     from bayesgen.capabilities import Tensors
     from bayesgen.data import Dataset
 
-__all__ = ["Gaussian", "check_columns", "column_scales", "full_log_prob", "quadratic_scores"]
+__all__ = [
+    "Gaussian",
+    "check_columns",
+    "column_scales",
+    "full_log_prob",
+    "positive_scales",
+    "quadratic_scores",
+]
 
 _MEAN_PRECISION = 0.01
 _LOG_2PI = math.log(2.0 * math.pi)
@@ -55,9 +62,13 @@ def column_scales(data: Dataset) -> tuple[Tensor, Tensor]:
             f"column {name!r} holds numbers so large that their squares overflow; entries must "
             "stay below 1e150 in size. Divide the column by a constant."
         )
-    # A constant column has no scale of its own: take one that rounding at its size cannot fill.
+    return centre, positive_scales(centre, scale)
+
+
+def positive_scales(centre: Tensor, scale: Tensor) -> Tensor:
+    """The scales of columns; a constant one gets a scale that rounding at its size cannot fill."""
     smallest = 1e-6 * centre.abs().clamp_min(1.0)
-    return centre, torch.where(scale > 1e-9 * centre.abs().clamp_min(1e-300), scale, smallest)
+    return torch.where(scale > 1e-9 * centre.abs().clamp_min(1e-300), scale, smallest)
 
 
 def check_columns(

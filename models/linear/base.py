@@ -165,7 +165,7 @@ class LinearModel(
                 "noise."
             )
         self._given(d)
-        scales = find_scales(data, shared=self.is_shared)
+        scales = find_scales(data, shared=self.is_shared, robust=self.is_robust)
         bound = Bound(scales, data.columns, not data.has_missing, data.num_rows)
         return replace(self, bound=bound)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bayesgen import rng
+from bayesgen.models.linear.medians import median_spread
 from bayesgen.models.linear.spectrum import exact_spectrum, probabilistic
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ _JIGGLE, _LEAST = 0.5, 1e-8
 # over which others are spread, the least share; steps of the climb, more of them and candidates
 # for the first guess up to so many columns, none above the last number.
 _SHARE, _DECADES, _UNIQUE = 0.5, 4.0, 1e-6
-# Standard deviations at which cells are clipped; one, in median absolute deviations of a normal.
-_CLIP, _NORMAL = 2.0, 1.4826
+# Standard deviations at which cells are clipped.
+_CLIP = 2.0
 _STEPS, _MANY_STEPS, _CANDIDATES, _FEW, _COLUMNS = 30, 150, 24, 50, 500
 
 
@@ -83,8 +84,7 @@ def _clipped(centred: Tensor) -> tuple[Tensor, Tensor]:
         Raymaekers & Rousseeuw (2021). Fast robust correlation for high-dimensional data.
         Technometrics 63.
     """
-    loc = centred.nanmedian(0).values.nan_to_num(nan=0.0)
-    spread = _NORMAL * (centred - loc).abs().nanmedian(0).values
+    loc, spread = median_spread(centred)
     # Where half the cells are equal there is no spread to go by: nothing is clipped.
     width = torch.where(spread > 0, _CLIP * spread, torch.inf)
     filled = torch.where(centred.isnan(), loc, centred)

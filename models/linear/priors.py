@@ -16,7 +16,9 @@ from bayesgen.distributions import HorseshoePrecision, RootInverseGamma
 from bayesgen.models.families.degrees_of_freedom import default_df_prior
 from bayesgen.models.families.factorised import column_prior
 from bayesgen.models.families.gaussian import column_scales as scales_of
+from bayesgen.models.families.gaussian import positive_scales
 from bayesgen.models.linear.block import LoadingsBlock
+from bayesgen.models.linear.medians import find_spread
 from bayesgen.models.linear.relevance import Relevance
 from bayesgen.priors import describe
 
@@ -46,7 +48,7 @@ class Scales:
     """Where the columns lie and how far they spread.
 
     Args:
-        offset: Means, ``(d,)``.
+        offset: Means, or medians, ``(d,)``.
         scale: Standard deviations that priors go by, ``(d,)``: of each column, or the same for all
             where the noise is shared.
     """
@@ -55,12 +57,22 @@ class Scales:
     scale: Tensor
 
 
-def find_scales(data: Dataset, *, shared: bool) -> Scales:
-    """Offsets and scales of the columns of ``data``; positive for constant and empty ones too."""
+def find_scales(data: Dataset, *, shared: bool, robust: bool = False) -> Scales:
+    """Offsets and scales of the columns of ``data``; positive for constant and empty ones too.
+
+    ``robust`` ones are medians and median absolute deviations: one cell far out would make the
+    priors as wide as itself, and the noise's no longer weak.
+    """
     offset, scale = scales_of(data)
+    voting = data.summary().count > 0
+    if robust:
+        found = find_spread(data)
+        offset, scale = found.loc, positive_scales(found.loc, found.spread)
+        # Columns of which half is equal have no robust scale: they go by the others, if any.
+        sure = voting & found.is_sure
+        voting = sure if bool(sure.any()) else voting
     if shared:
-        filled = data.summary().count > 0
-        used = scale[filled] if bool(filled.any()) else scale
+        used = scale[voting] if bool(voting.any()) else scale
         scale = used.square().mean().sqrt().expand(len(scale)).clone()
     return Scales(offset, scale)
 
