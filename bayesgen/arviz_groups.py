@@ -80,12 +80,12 @@ def convert(
     named = {key: list(value) for key, value in coords.items() if _is_used(key, kept, dims)}
     listed = {key: list(value) for key, value in dims.items()}
     arviz = import_arviz()
-    if is_datatree():
-        data = arviz.from_dict(kept, coords=named, dims=listed, attrs={"/": flat})
-    else:
-        with warnings.catch_warnings():
-            # Hundreds of short chains are meant.
-            warnings.filterwarnings("ignore", "More chains", UserWarning)
+    with warnings.catch_warnings():
+        # Hundreds of short chains are meant.
+        warnings.filterwarnings("ignore", "More chains|Found chain dimension", UserWarning)
+        if is_datatree():
+            data = arviz.from_dict(kept, coords=named, dims=listed, attrs={"/": flat})
+        else:
             data = arviz.from_dict(**kept, coords=named, dims=listed, attrs=flat)
     if "posterior" in kept:
         data["posterior"].attrs.update(flat)

@@ -404,7 +404,7 @@ def test_categories_with_numeric_levels_go_through_every_verb(tmp_path):
     assert mode in ([0.0, 0.0], [2.0, 0.0])  # rows of side u have grade 1 or 7
     assert set(fit.impute(hole, num_samples=50)[:, 0, 0].tolist()) <= {0.0, 1.0, 2.0}
     assert fit.anchors.shape == (40, 2)
-    assert "log_likelihood" in fit.arviz.groups()
+    assert hasattr(fit.arviz, "log_likelihood")  # what ArviZ 0.2x and 1.x have in common
     assert len(fit.outliers(table, calibration="model").p_values) == 40
     fit.save(tmp_path / "run")
     assert torch.equal(load(tmp_path / "run").log_prob(table), fit.log_prob(table))
