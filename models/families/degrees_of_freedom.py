@@ -217,16 +217,12 @@ class DegreesOfFreedom:
         if previous is None or "df" not in previous:
             return proposal.exp()
         current = previous["df"].log()
-
-        def log_ratio(log_df: Tensor) -> Tensor:
-            log_df = log_df.unsqueeze(-1)
-            index = ((log_df - low.unsqueeze(-1)) / step.unsqueeze(-1)).floor().long()
-            gap = height(log_df) - masses.gather(-1, index.clamp(0, _CELLS - 1))
-            return gap.squeeze(-1)
-
+        both = torch.stack([proposal, current], -1)
+        index = ((both - low.unsqueeze(-1)) / step.unsqueeze(-1)).floor().long()
+        gap = height(both) - masses.gather(-1, index.clamp(0, _CELLS - 1))
         # Outside the cells the posterior has no mass to speak of: whatever is there moves in.
         outside = (current < low) | (current > low + step * _CELLS)
-        accept = uniform[1].log() < log_ratio(proposal) - log_ratio(current)
+        accept = uniform[1].log() < gap[..., 0] - gap[..., 1]
         return torch.where(accept | outside, proposal, current).exp()
 
     def _bulk(
