@@ -29,7 +29,7 @@ __all__ = [
     "PATHS",
     "STEPS",
     "NativeDensity",
-    "aligned",
+    "aligned_zeros",
     "compiler",
     "load",
     "translated",
@@ -167,8 +167,8 @@ def _complaint(command: list[str], source: str) -> str:
     return complaint
 
 
-def aligned(count: int) -> Tensor:
-    """Doubles whose memory starts at a multiple of 64 bytes."""
+def aligned_zeros(count: int) -> Tensor:
+    """Doubles, all zero, whose memory starts at a multiple of 64 bytes."""
     raw = torch.zeros(count + 8, dtype=torch.float64)
     return raw[(-(raw.data_ptr() // 8)) % 8 :][:count]
 
@@ -194,7 +194,7 @@ class NativeDensity:
     ) -> None:
         self.translation, self.width, self.size = translation, width, size
         self.library: Any = _library(translation.text, width, parts)
-        self.workspace = aligned(max(1, translation.workspace) * width)
+        self.workspace = aligned_zeros(max(1, translation.workspace) * width)
         self.constants = (
             pointer(self.workspace),
             pointer(translation.numbers),
@@ -205,7 +205,7 @@ class NativeDensity:
         """Log densities ``(c,)`` and gradients ``(c, D)`` of ``(c, D)``."""
         count, width = vectors.shape[0], self.width
         blocks = -(-count // width)
-        lanes = aligned(blocks * width * (2 * self.size + 1))
+        lanes = aligned_zeros(blocks * width * (2 * self.size + 1))
         x, g, lp = lanes.split([blocks * width * self.size] * 2 + [blocks * width])
         padded = vectors[torch.arange(blocks * width) % count]
         x.copy_(padded.reshape(blocks, width, -1).transpose(1, 2).reshape(-1))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bayesgen import rng
-from bayesgen.inference.compiled.native import NativeDensity, aligned
+from bayesgen.inference.compiled.native import NativeDensity, aligned_zeros
 from bayesgen.inference.hamiltonian.trajectory import STATISTICS, Metric, Trajectories
 
 __all__ = ["Machine", "NativeMachine", "TorchMachine"]
@@ -118,8 +118,8 @@ class NativeMachine(Machine):
         self.density = density
         blocks = -(-num_chains // density.width)
         d = density.size
-        self._lanes = aligned(blocks * density.width * (2 * d + 1))
-        self._scratch = aligned(2 * d)
+        self._lanes = aligned_zeros(blocks * density.width * (2 * d + 1))
+        self._scratch = aligned_zeros(2 * d)
         self._records = torch.zeros(0)
         self._held: dict[str, Tensor] = {}
         self._now: tuple[object, ...] = ()

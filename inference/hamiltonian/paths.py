@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayesgen.inference.compiled.native import NativeDensity, aligned, pointer
+from bayesgen.inference.compiled.native import NativeDensity, aligned_zeros, pointer
 
 __all__ = ["NativePaths", "kick_of"]
 
@@ -119,7 +119,7 @@ class NativePaths:
     def noise(self, seed: int, first: int, rows: int) -> Tensor:
         """The random numbers ``(rows, D + 1, width)`` of the chains from ``first`` on."""
         size, width = self.density.size, self.density.width
-        tape = aligned(rows * (size + 1) * width)
+        tape = aligned_zeros(rows * (size + 1) * width)
         numbers = (_LONG(seed), *(ctypes.c_long(v) for v in (first, rows, size)))
         self.density.library.noise(pointer(tape), *numbers)
         return tape.reshape(rows, size + 1, width)
@@ -153,11 +153,11 @@ class NativePaths:
         density = self.density
         size = (_ROOM * density.size + rows * (density.size + 1)) * density.width
         while len(self._rooms) <= index:
-            space = aligned(max(1, density.translation.workspace) * density.width)
-            self._rooms.append((aligned(1), space))
+            space = aligned_zeros(max(1, density.translation.workspace) * density.width)
+            self._rooms.append((aligned_zeros(1), space))
         room, space = self._rooms[index]
         if room.numel() < size:
-            self._rooms[index] = room, space = aligned(size), space
+            self._rooms[index] = room, space = aligned_zeros(size), space
         return room, space
 
 

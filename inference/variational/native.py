@@ -14,7 +14,7 @@ from bayesgen.inference.compiled.graph import capture, simplify
 from bayesgen.inference.compiled.native import (
     MAX_STATEMENTS,
     STEPS,
-    aligned,
+    aligned_zeros,
     compiler,
     load,
     pointer,
@@ -102,7 +102,7 @@ class NativeUpdate:
         """Compile."""
         self._density = load(self.translation, 1, self.size, *STEPS)
         width = self._density.width
-        lanes = aligned(width * (2 * self.size + 1))
+        lanes = aligned_zeros(width * (2 * self.size + 1))
         self._x, self._g, self._lp = lanes.split([width * self.size] * 2 + [width])
         self._wide_x = self._x.reshape(self.size, width)
         self._x.zero_()
