@@ -127,7 +127,7 @@ class NUTS(TracedEngine[NutsState]):
 
     num_chains: int = 4
     num_samples: int = 1000
-    num_warmup: int = 500
+    num_warmup: int = 200
     target_accept: float = 0.8
     metric: str = "auto"
     max_depth: int = 10
