@@ -128,6 +128,7 @@ def simplify(graph: fx.GraphModule, *example: Tensor) -> fx.GraphModule:
     _plain_view(graph, values)
     _plain_scatter(graph, values)
     _masked_write(graph, values)
+    _masked_scatter(graph, values)
     _counted_from_the_start(graph, values)
     _log_sigmoid(graph, values)
     _drop(graph, values)
@@ -360,6 +361,36 @@ def _masked_write(graph: fx.GraphModule, values: dict[fx.Node, Any]) -> None:
         values |= {one: values[number].reshape(()), new: values[node]}
         node.replace_all_uses_with(new)
         graph.graph.erase_node(node)
+
+
+def _masked_scatter(graph: fx.GraphModule, values: dict[fx.Node, Any]) -> None:
+    """Write ``masked_scatter`` by positions where the mask is data: vmap and C++ lack a rule.
+
+    A mask that depends on the input has no fixed positions, and stays.
+    """
+    for target in (_aten.masked_scatter.default, _aten.masked_scatter_backward.default):
+        for node in list(graph.graph.find_nodes(op="call_function", target=target)):
+            first, mask, last = node.args
+            if mask.op != "get_attr":
+                continue
+            places = values[mask].expand(values[first].shape).reshape(-1).nonzero()[:, 0]
+            graph.register_buffer(f"_places_{node.name}", places)
+            with graph.graph.inserting_before(node):
+                call = graph.graph.call_function
+                index = graph.graph.get_attr(f"_places_{node.name}")
+                flat = call(_aten.reshape.default, (first, [-1]))
+                if target is _aten.masked_scatter.default:
+                    source = call(_aten.reshape.default, (last, [-1]))
+                    source = call(_aten.slice.Tensor, (source, 0, 0, len(places)))
+                    found = call(_aten.scatter.src, (flat, 0, index, source))
+                else:  # entries of the source beyond those that the mask takes have no gradient
+                    found = call(_aten.index_select.default, (flat, 0, index))
+                    rest = values[node].numel() - len(places)
+                    found = call(_aten.constant_pad_nd.default, (found, [0, rest], 0.0))
+                new = call(_aten.reshape.default, (found, list(values[node].shape)))
+            values |= {index: places, new: values[node]}
+            node.replace_all_uses_with(new)
+            graph.graph.erase_node(node)
 
 
 def _counted_from_the_start(graph: fx.GraphModule, values: dict[fx.Node, Any]) -> None:

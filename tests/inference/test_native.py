@@ -22,7 +22,12 @@ from bayesgen.inference.compiled.native import (
 from bayesgen.inference.hamiltonian.machines import NativeMachine
 from bayesgen.inference.hamiltonian.trajectory import Metric, Trajectories, launch, machine, tables
 from bayesgen.inference.programs.trace import trace
-from tests.inference.test_trace import LATENTS, enumerated_mixture, program_of_several
+from tests.inference.test_trace import (
+    LATENTS,
+    enumerated_mixture,
+    masked_fill_in,
+    program_of_several,
+)
 
 __all__: list[str] = []
 
@@ -262,3 +267,7 @@ def test_a_loop_over_hundreds_of_steps():
     density, _ = check_equal(program)
     assert translated(density).statements > LONG
     assert with_slope(density) is translated(density)
+
+
+def test_values_written_through_a_mask_of_data():
+    check_equal(masked_fill_in)

@@ -363,3 +363,22 @@ def test_counts_with_latent_weights_run_in_batches():
     values, _ = density.batched(3)(points)
     wanted = torch.stack([density.pyro_log_prob(point) for point in points])
     assert torch.allclose(values, wanted, rtol=1e-12)
+
+
+def masked_fill_in():
+    """Latents written through a mask of data, in a vector and along the rows of a table."""
+    gaps = torch.tensor([True, False, True, True, False])
+    few = pyro.sample("few", dist.Normal(torch.zeros(4), 1.0).to_event(1))  # one more than gaps
+    many = pyro.sample("many", dist.Normal(torch.zeros(2, 3), 1.0).to_event(2))
+    row = (2.0 * few.cumsum(0) - 1.0).sin()
+    table = torch.ones(2, 5).masked_scatter(gaps, many.exp())
+    loc = row.sum() * torch.zeros(5).masked_scatter(gaps, few) + table.prod(0)
+    pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=t([0.5, 1.0, -1.0, 2.0, 0.0]))
+
+
+def test_values_written_through_a_mask_of_data_run_in_batches():
+    density = trace(masked_fill_in, generator=generator())
+    check_against_pyro(masked_fill_in, density)
+    assert (
+        "aten.masked_scatter" not in density.single.code
+    )  # vmap would go through chains one by one
