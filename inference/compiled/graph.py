@@ -140,11 +140,19 @@ def simplify(graph: fx.GraphModule, *example: Tensor) -> fx.GraphModule:
 
 
 def _widen(graph: fx.GraphModule, dtype: torch.dtype) -> None:
-    """Constants that a program brings in single precision, exactly, in the dtype of the graph."""
-    if dtype == torch.float64:
-        for name, value in list(graph.named_buffers()):
-            if value.dtype == torch.float32:
-                graph.register_buffer(name, value.double())
+    """Constants that a program brings in single precision, exactly, in the dtype of the graph.
+
+    So are conversions to it: of a scalar in double times such a vector, torch's own gradient is
+    one.
+    """
+    if dtype != torch.float64:
+        return
+    for name, value in list(graph.named_buffers()):
+        if value.dtype == torch.float32:
+            graph.register_buffer(name, value.double())
+    for node in graph.graph.nodes:
+        if node.kwargs.get("dtype") == torch.float32:
+            node.kwargs = {**node.kwargs, "dtype": dtype}
 
 
 def _evaluate(graph: fx.GraphModule, example: tuple[Tensor, ...]) -> dict[fx.Node, Any]:

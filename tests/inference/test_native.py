@@ -271,3 +271,27 @@ def test_a_loop_over_hundreds_of_steps():
 
 def test_values_written_through_a_mask_of_data():
     check_equal(masked_fill_in)
+
+
+def test_data_that_a_program_finds_in_single_precision():
+    """torch rounds their products with a scalar in double, and the gradient of them."""
+    found = X[:, 0].float()
+
+    def program():
+        slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+        weights = pyro.sample("weights", dist.Normal(torch.zeros(5), 1.0).to_event(1))
+        narrow = X.float() @ weights.float()
+        with pyro.plate("data", len(X)):
+            pyro.sample("y", dist.Normal(slope * found + narrow, 1.0), obs=X[:, 1])
+
+    def in_double():
+        slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+        weights = pyro.sample("weights", dist.Normal(torch.zeros(5), 1.0).to_event(1))
+        loc = slope * found.double() + X.float().double() @ weights
+        with pyro.plate("data", len(X)):
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=X[:, 1])
+
+    density, _ = check_equal(program)
+    points = density._points(3)
+    wanted = traced(in_double).value_and_grad(points)
+    torch.testing.assert_close(density.value_and_grad(points), wanted, rtol=1e-12, atol=1e-12)
