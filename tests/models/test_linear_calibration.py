@@ -33,6 +33,9 @@ MODELS = {
     "PPCA": lambda priors, bound: PPCA(Q, priors, bound),
     "FactorAnalysis": lambda priors, bound: FactorAnalysis(Q, priors, bound),
     "RobustPCA": lambda priors, bound: RobustPCA(Q, {**priors, "df": Gamma(4.0, 0.8)}, bound),
+    "RobustPCA cells": lambda priors, bound: RobustPCA(
+        Q, {**priors, "df": Gamma(4.0, 0.8)}, bound, scales="cells"
+    ),
     "RobustPCA df=4": lambda priors, bound: RobustPCA(Q, priors, bound, df=4.0),
 }
 
@@ -64,20 +67,25 @@ def prior(name, size, generator):
         "loc": 0.5 + rng.standard_normal((size, D), generator),
         "variance": 2.0 / rng.gamma(torch.full(shape, 3.0, **F64), generator),
     }
-    if name == "RobustPCA":
-        df = rng.gamma(torch.full((size, 1), 4.0, **F64), generator) / 0.8
+    if name in ("RobustPCA", "RobustPCA cells"):
+        shape = (size, D if name.endswith("cells") else 1)
+        df = rng.gamma(torch.full(shape, 4.0, **F64), generator) / 0.8
         values["df"] = df.clamp(0.1, 1000.0)  # beyond lies 1e-5 of the prior
     return values
 
 
 def law(name, values):
-    """The rows' law, of the draws' shape and one dimension for rows."""
+    """The rows' law, of the draws' shape and one dimension for rows.
+
+    That of cells has no closed form: calibration holds of any function of draws and rows, so the
+    law of rows whose degrees of freedom are the mean over the columns stands in for it.
+    """
     lead = values["loc"].shape[:-1]
     loc, factor = values["loc"].unsqueeze(-2), values["loadings"].unsqueeze(-3)
     diag = values["variance"].expand(*lead, D).unsqueeze(-2)
     if not name.startswith("RobustPCA"):
         return PartialLowRankMultivariateNormal(loc, factor, diag, validate_args=False)
-    df = values.get("df", torch.full((*lead, 1), 4.0, **F64))
+    df = values.get("df", torch.full((*lead, 1), 4.0, **F64)).mean(-1, keepdim=True)
     return PartialLowRankMultivariateStudentT(df, loc, factor, diag, validate_args=False)
 
 
@@ -85,11 +93,13 @@ def simulate(name, values, generator, gaps):
     size = len(values["loc"])
     noise = rng.standard_normal((size, N, D), generator)
     latents = rng.standard_normal((size, N, Q), generator)
-    x = latents @ values["loadings"].mT + values["variance"].sqrt().unsqueeze(-2) * noise
+    noise = values["variance"].sqrt().unsqueeze(-2) * noise
     if name.startswith("RobustPCA"):
-        df = values.get("df", torch.full((size, 1), 4.0, **F64)).unsqueeze(-1)
-        x = x * (df / rng.chi2(df.expand(size, N, 1), generator)).sqrt()
-    x = x + values["loc"].unsqueeze(-2)
+        df = values.get("df", torch.full((size, 1), 4.0, **F64)).unsqueeze(-2)
+        stretch = (df / rng.chi2(df.expand(size, N, -1), generator)).sqrt()
+        noise = noise * stretch
+        latents = latents if name.endswith("cells") else latents * stretch
+    x = latents @ values["loadings"].mT + noise + values["loc"].unsqueeze(-2)
     hidden = torch.rand((size, N, D), generator=generator, **F64) < gaps
     return x.masked_fill(hidden, torch.nan)
 
@@ -121,10 +131,11 @@ def posterior(name, x, generator, *, num_draws=31, thinning=8, num_warmup=120):
     source = Source(model, rows)
     source._kept = [take_rows(x, torch.float64, complete=False)]
     work, engine = Work(source, None, None), Gibbs(num_chains=len(x))
-    values, kept = prior(name, len(x), generator), []
+    values, left, kept = prior(name, len(x), generator), None, []
     for step in range(num_warmup + num_draws * thinning):
-        state = GibbsState({"loadings": values}, {}, {}, 0, torch.zeros(len(x), **F64))
-        values = engine.step(task, work, state)[0].values["loadings"]
+        state = GibbsState({"loadings": values}, {}, {}, 0, torch.zeros(len(x), **F64), left)
+        state = engine.step(task, work, state)[0]
+        values, left = state.values["loadings"], state.left
         if step >= num_warmup and (step - num_warmup) % thinning == 0:
             kept.append(values)
     return {site: torch.stack([v[site] for v in kept]) for site in values}
@@ -174,7 +185,7 @@ def test_degrees_of_freedom_of_other_rows_are_caught(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "RobustPCA cells"])
 def test_gibbs_is_calibrated_at_length(name):
     ranks = sbc(name, 2000, num_draws=63, thinning=10, num_warmup=200)
     assert ranks.p_value > 0.02, ranks
