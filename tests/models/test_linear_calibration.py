@@ -20,6 +20,7 @@ from bayesgen.inference.gibbs import GibbsState, Work
 from bayesgen.inference.run import Task
 from bayesgen.models import PPCA, FactorAnalysis, RobustPCA
 from bayesgen.models.families.degrees_of_freedom import DegreesOfFreedom
+from bayesgen.models.linear import cells
 from bayesgen.models.linear.block import LoadingsBlock
 from bayesgen.models.linear.rows import take_rows
 
@@ -189,3 +190,23 @@ def test_degrees_of_freedom_of_other_rows_are_caught(monkeypatch):
 def test_gibbs_is_calibrated_at_length(name):
     ranks = sbc(name, 2000, num_draws=63, thinning=10, num_warmup=200)
     assert ranks.p_value > 0.02, ranks
+
+
+def cells_at_length():
+    return sbc("RobustPCA cells", 2000, num_draws=15, thinning=6, num_warmup=60)
+
+
+@pytest.mark.slow
+def test_gibbs_is_calibrated_at_length_with_scales_of_cells():
+    ranks = cells_at_length()
+    assert ranks.p_value > 0.02, ranks
+
+
+@pytest.mark.slow
+def test_residuals_a_fifth_too_large_in_the_degrees_of_freedom_are_caught(monkeypatch):
+    right = cells.tail_sums
+    monkeypatch.setattr(
+        cells, "tail_sums", lambda distance, observed: right(1.2 * distance, observed)
+    )
+    ranks = cells_at_length()
+    assert ranks.p_value < 0.02, ranks
