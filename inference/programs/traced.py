@@ -22,6 +22,7 @@ from bayesgen.inference.programs.remembered import traced_again
 from bayesgen.inference.programs.trace import Density, trace
 from bayesgen.inference.run import Engine, S, Task
 from bayesgen.nested import plain_ratio
+from bayesgen.replay import ProgramError
 
 __all__ = ["TracedEngine", "live_r_hat"]
 
@@ -96,13 +97,23 @@ class TracedEngine(Engine[S], ABC):
         if isinstance(task.model, FunctionModel):
             return task.model.density
         model, rows = task.model, task.data.tensor(task.dtype, task.device)
-        return trace(
-            lambda: model.model(rows),
-            dtype=task.dtype,
-            # Not the run's own generator: a resumed run must find that where it left it.
-            generator=rng.make_generator(0, task.device),
-            traced=self._traced,
-        )
+        try:
+            return trace(
+                lambda: model.model(rows),
+                dtype=task.dtype,
+                # Not the run's own generator: a resumed run must find that where it left it.
+                generator=rng.make_generator(0, task.device),
+                traced=self._traced,
+            )
+        except ProgramError as error:
+            if not bool(rows.isnan().any()):
+                raise
+            raise ValueError(
+                f"{type(self).__name__} on {type(model).__name__}: {int(rows.isnan().sum())} of "
+                f"{rows.numel()} entries are missing, and the Pyro program of this model takes "
+                "complete rows. EM, VB and Gibbs integrate missing entries out, where the model "
+                "has them; or drop those rows."
+            ) from error
 
     @staticmethod
     def sites_of(task: Task, density: Density, vectors: Tensor) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from bayesgen.inference import NUTS, SVI, ManyChains
 from bayesgen.inference.programs.complaints import ProgramError, explained
 from bayesgen.inference.programs.sites import discover
 from bayesgen.inference.programs.trace import trace
+from bayesgen.models import GaussianMixture
 from bayesgen.rng import make_generator
 
 __all__: list[str] = []
@@ -510,3 +511,10 @@ def test_a_long_chain_under_markov_is_no_large_sum():
 
     layout = discover(program, dtype=torch.float64, generator=make_generator(0))
     assert len(layout.enumerated) == 40
+
+
+def test_gaps_that_a_models_program_does_not_take_are_refused_in_its_words():
+    rows = torch.tensor([[0.0, 1.0], [float("nan"), 2.0], [3.0, 4.0]], dtype=torch.float64)
+    with pytest.raises(ValueError, match="GaussianMixture: 1 of 6 entries are missing") as caught:
+        NUTS(**RUN).run(GaussianMixture(2), rows)
+    assert "obs_mask" not in str(caught.value)
