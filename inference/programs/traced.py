@@ -109,10 +109,10 @@ class TracedEngine(Engine[S], ABC):
             if not bool(rows.isnan().any()):
                 raise
             raise ValueError(
-                f"{type(self).__name__} on {type(model).__name__}: {int(rows.isnan().sum())} of "
-                f"{rows.numel()} entries are missing, and the Pyro program of this model takes "
-                "complete rows. EM, VB and Gibbs integrate missing entries out, where the model "
-                "has them; or drop those rows."
+                f"{type(self).__name__} on {type(model).__name__}: missing entries, "
+                f"{int(rows.isnan().sum())} of {rows.numel()}. The Pyro program of this model "
+                "takes complete rows: EM, VB and Gibbs integrate missing entries out, where the "
+                "model has them; or drop those rows."
             ) from error
 
     @staticmethod

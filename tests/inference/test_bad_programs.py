@@ -515,6 +515,6 @@ def test_a_long_chain_under_markov_is_no_large_sum():
 
 def test_gaps_that_a_models_program_does_not_take_are_refused_in_its_words():
     rows = torch.tensor([[0.0, 1.0], [float("nan"), 2.0], [3.0, 4.0]], dtype=torch.float64)
-    with pytest.raises(ValueError, match="GaussianMixture: 1 of 6 entries are missing") as caught:
+    with pytest.raises(ValueError, match="Mixture: missing entries, 1 of 6") as caught:
         NUTS(**RUN).run(GaussianMixture(2), rows)
     assert "obs_mask" not in str(caught.value)
