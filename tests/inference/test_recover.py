@@ -150,7 +150,8 @@ def test_without_a_trace_they_are_drawn_one_by_one():
             label = pyro.sample("label", dist.Bernoulli(0.5))
             pyro.sample("x", dist.Normal(loc + 3.0 * label, spread), obs=X)
 
-    fit = NUTS(num_chains=1, num_samples=5, num_warmup=5).run(branching, seed=0)
+    with pytest.warns(UserWarning, match="could not be traced"):
+        fit = NUTS(num_chains=1, num_samples=5, num_warmup=5).run(branching, seed=0)
     assert not fit.attrs["is_traced"]
     assert fit.draws["label"].shape == (1, 5, 4)
 
