@@ -280,8 +280,8 @@ class Laplace(TracedEngine[LaplaceState]):
             names = sites_along(density, ahead / shape.scale)
             what = (
                 f"the log density still rises along {names} after {state.num_steps} steps, at "
-                f"{float(state.lp[k]):.6g}: it has no mode there, as where a scale goes to zero "
-                "(the neck of a funnel)"
+                f"{float(state.lp[k]):.6g}: it has no smooth mode there, as where a scale goes to "
+                "zero (the neck of a funnel) or the slope jumps (a Laplace law)"
             )
             advice = (
                 "Give that scale a prior that keeps it from zero, or write hierarchical models "

@@ -188,6 +188,14 @@ def test_a_scale_that_goes_to_zero_is_refused_by_name():
     assert "'tau'" in str(caught.value)
 
 
+def test_a_corner_of_the_density_is_refused_in_words():
+    def program():
+        pyro.sample("x", dist.Laplace(0.0, 1.0))
+
+    with pytest.raises(ValueError, match="no smooth mode there.*the slope jumps"):
+        Laplace().run(program, seed=0)
+
+
 def test_a_direction_of_which_nothing_is_known_is_named():
     def model(y):
         with pyro.poutine.mask(mask=False):
