@@ -143,12 +143,16 @@ def test_pyros_own_python_draws_the_same():
 
 
 @pytest.mark.slow
-def test_the_compiled_step_is_the_eager_one():
-    compiled = NUTS(**SMALL, compile=True).run(conjugate, X, seed=3)
-    eager = NUTS(**SMALL, compile=False).run(conjugate, X, seed=3)
+def test_the_step_by_inductor_is_the_eager_one():
+    """In single precision, which generated C++ does not take; that draws other noise."""
+    settings = {**SMALL, "dtype": torch.float32}
+    compiled = NUTS(**settings, compile=True).run(conjugate, X, seed=3)
+    eager = NUTS(**settings, compile=False).run(conjugate, X, seed=3)
     assert compiled.attrs["is_compiled"], compiled.attrs["speed"]
+    assert "C++" not in compiled.attrs["speed"].partition(";")[0]
     # chaotic in the long run: the first draws agree to rounding
-    torch.testing.assert_close(compiled.draws["loc"][:, :5], eager.draws["loc"][:, :5])
+    one, other = compiled.draws["loc"][:, :3], eager.draws["loc"][:, :3]
+    torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
 
 
 def test_without_a_compiler_it_works_and_says_so(monkeypatch):
